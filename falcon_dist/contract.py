@@ -1,0 +1,102 @@
+"""What the launcher and a rank agree on: environment names, exit codes, events, the rank's result.
+
+Standard library only: the launcher imports this module on machines without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+
+class UserError(Exception):
+    """A fault in what the user gave: shown as its one line, without a traceback, exit code 2."""
+
+
+EXIT_USER_ERROR: Final = 2
+"""Exit code of a launcher or rank that refuses its input."""
+EXIT_FAILED: Final = 1
+"""Exit code where something failed that is nobody's input."""
+
+# torchrun's names, so that any torch.distributed program finds what it knows.
+RANK: Final = "RANK"
+LOCAL_RANK: Final = "LOCAL_RANK"
+WORLD_SIZE: Final = "WORLD_SIZE"
+LOCAL_WORLD_SIZE: Final = "LOCAL_WORLD_SIZE"
+GROUP_RANK: Final = "GROUP_RANK"
+GROUP_WORLD_SIZE: Final = "GROUP_WORLD_SIZE"
+MASTER_ADDR: Final = "MASTER_ADDR"
+MASTER_PORT: Final = "MASTER_PORT"
+RUN_ID: Final = "TORCHELASTIC_RUN_ID"
+RESTART_COUNT: Final = "TORCHELASTIC_RESTART_COUNT"
+USE_AGENT_STORE: Final = "TORCHELASTIC_USE_AGENT_STORE"
+
+# Ours.
+RANK_DIR: Final = "FALCON_RANK_DIR"
+"""Folder of this rank's logs, steps.jsonl and result.json (absolute path)."""
+PLANNED_CPUS: Final = "FALCON_CPUS"
+"""The cpus this rank was bound to, as "0-3,8"; unset when nothing was planned."""
+PLANNED_THREADS: Final = "FALCON_THREADS"
+"""How many compute threads the binding has cores for."""
+STORE_FD: Final = "FALCON_STORE_FD"
+"""Descriptor of the listening rendezvous socket (rank 0 of our own program only)."""
+EVENT_FD: Final = "FALCON_EVENT_FD"
+"""Descriptor this rank writes its events to, one JSON object a line; unset under plain torchrun."""
+BACKEND: Final = "FALCON_BACKEND"
+"""The collective backend the launcher settled on: "gloo" or "ccl"."""
+
+RESULT_FILE: Final = "result.json"
+STEPS_FILE: Final = "steps.jsonl"
+
+Status = Literal["ok", "failed"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RankResult:
+    """What a rank leaves behind in ``result.json``."""
+
+    status: Status
+    error: str | None = None
+    """First line of the error, where the rank lived to tell it."""
+    observed_cpus: str | None = None
+    """Affinity mask at the end, as "0-3,8"."""
+    observed_threads: int | None = None
+    """torch's intra-op thread count."""
+    last_step: int = 0
+    """Last finished optimizer step."""
+    checkpoint: str | None = None
+    """Newest committed checkpoint of this run (absolute path), told by rank 0."""
+    peak_rss_bytes: int | None = None
+    """VmHWM at the end."""
+    summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Rank 0's closing figures: phase times, evaluation, samples, row counts."""
+
+    def write(self, rank_dir: Path) -> None:
+        """Writes result.json whole or not at all."""
+        partial = rank_dir / f"{RESULT_FILE}.partial"
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        partial.rename(rank_dir / RESULT_FILE)
+
+    @classmethod
+    def read(cls, rank_dir: Path) -> RankResult | None:
+        """The result in this folder, or None where the rank left none that can be read."""
+        try:
+            values = json.loads((rank_dir / RESULT_FILE).read_text())
+            return cls(**values)
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+# Events a rank writes to EVENT_FD. Every event is one flat JSON object with the key "event":
+#   {"event": "bound", "cpus": "0-3", "threads": 4}      once, after torch is imported
+#   {"event": "phase", "name": "train"}                  a phase begins (all ranks)
+#   {"event": "line", "text": "..."}                     a line for the person watching (rank 0)
+#   {"event": "step", "step": 3, "total": 50, "loss": 2.1, "lr": 1e-4, "epoch": 0.1,
+#    "tokens_per_s": 812.0, "eta_s": 60.0, "log": true}  a finished step (all ranks; rank 0's is shown;
+#                                                         "log" asks for a line of its own)
+#   {"event": "checkpoint", "path": "...", "step": 3}    committed (rank 0)
+#   {"event": "summary", "lines": ["..."]}               the closing text (rank 0)
+EVENT_NAMES: Final = ("bound", "phase", "line", "step", "checkpoint", "summary")
