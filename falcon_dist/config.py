@@ -177,7 +177,11 @@ def _nearest(key: str, known: list[str]) -> str:
     tails = {k.rsplit(".", 1)[-1]: k for k in known}
     near = difflib.get_close_matches(key, known, 1, 0.6)
     near = near or [tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], tails, 1, 0.6)]
-    return f'did you mean "{near[0]}"?' if near else f"known sections: {', '.join(sorted({k.split('.')[0] for k in known}))}"
+    return (
+        f'did you mean "{near[0]}"?'
+        if near
+        else f"known sections: {', '.join(sorted({k.split('.')[0] for k in known}))}"
+    )
 
 
 def build(cls: type[T], values: Mapping[str, Value], prefix: str = "") -> T:
@@ -236,7 +240,13 @@ def _fit_scalar(kind: Any, raw: Any) -> Any:
 
 
 def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): '"none"'}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): '"none"',
+    }
     parts = []
     for choice in _choices(kind):
         literal = typing.get_origin(choice) is Literal

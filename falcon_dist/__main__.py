@@ -1,0 +1,96 @@
+"""``python -m falcon_dist VERB``: the programs that need torch. People type ``falcon`` or ``falcon-launch``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from falcon_dist import contract
+from falcon_dist.config import TrainConfig, build, check_known, flatten, keys_of
+from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR, RankResult, UserError
+
+VERBS = ("prepare", "train", "chat")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; a UserError becomes its one line and exit code 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in VERBS:
+        print(f"usage: python -m falcon_dist {{{','.join(VERBS)}}} ...", file=sys.stderr)
+        return EXIT_USER_ERROR
+    try:
+        return _run(words[0], words[1:])
+    except UserError as error:
+        _leave_failure(str(error))
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Exception as error:  # noqa: BLE001 - the rank's last words, told once and then kept
+        _leave_failure(f"{type(error).__name__}: {error}".splitlines()[0])
+        traceback.print_exc()
+        return EXIT_FAILED
+
+
+def _run(verb: str, words: list[str]) -> int:
+    _quiet()
+    if verb == "chat":
+        from falcon_dist.chat import chat
+
+        return chat(words)
+    parser = argparse.ArgumentParser(prog=f"python -m falcon_dist {verb}")
+    parser.add_argument("--config", type=Path, required=True, help="RUN/config.json")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest verified checkpoint")
+    args = parser.parse_args(words)
+    config = read_config(args.config)
+    folder = args.config.resolve().parent
+    if verb == "prepare":
+        from falcon_dist.prepare import prepare
+
+        prepare(config, folder)
+        return 0
+    from falcon_dist.train import train
+
+    result = train(config, folder, resume=args.resume)
+    if contract.RANK_DIR in os.environ:
+        result.write(Path(os.environ[contract.RANK_DIR]))
+    return 0
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The "train" part of a run's config.json.
+
+    Raises:
+        UserError: the file is missing, no JSON, or has a value that does not fit.
+    """
+    try:
+        values = flatten(json.loads(path.read_text())["train"], str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f'{path}: cannot read the run\'s config: "{error}"') from error
+    check_known(values, keys_of(TrainConfig))
+    return build(TrainConfig, values)
+
+
+def _leave_failure(error: str) -> None:
+    folder = os.environ.get(contract.RANK_DIR)
+    if folder and Path(folder).is_dir():
+        RankResult(status="failed", error=error).write(Path(folder))
+
+
+def _quiet() -> None:
+    """Libraries' progress bars and advice stay out of the ranks' logs; their warnings and errors do not."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,159 @@
+"""Checkpoints: their folder, the atomic commit, verification, and which one to resume from.
+
+A checkpoint ``step-000500/`` is what plain transformers loads, and ``train_state/`` beside it, all listed with
+size and sha256 in ``manifest.json``. It is made in a temporary folder, synced to disk and renamed: a folder
+of the final name is complete. Only safetensors and JSON, never pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors import SafetensorError
+
+from falcon_dist.contract import UserError
+
+MANIFEST: Final = "manifest.json"
+TRAIN_STATE: Final = "train_state"
+_PARTIAL: Final = ".partial-"
+
+
+def folder_name(step: int) -> str:
+    """500 -> "step-000500"."""
+    return f"step-{step:06d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    path: Path
+    step: int
+    facts: Mapping[str, Any]
+    """What the run told of itself when it saved: run_id, world_size, rows digest, ..."""
+
+
+@contextlib.contextmanager
+def committed(root: Path, step: int, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """A temporary folder to fill; when the block ends well it becomes the checkpoint of this step.
+
+    Raises:
+        UserError: the disk is full or cannot be written. Older checkpoints stay as they are.
+    """
+    final = root / folder_name(step)
+    partial = root / f"{final.name}{_PARTIAL}{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _write_manifest(partial, {"step": step, **facts})
+        if final.exists():
+            # Only a resume that refused this very checkpoint writes it again.
+            final.rename(root / f"{final.name}.refused-{os.getpid()}")
+        partial.rename(final)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f'checkpoint: cannot write "{final}": {reason}; earlier checkpoints are untouched') from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    files = {str(f.relative_to(folder)): _told(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    for sub in {folder, *(f for f in folder.rglob("*") if f.is_dir())}:
+        _sync(sub)
+    path = folder / MANIFEST
+    path.write_text(json.dumps({"facts": facts, "files": files}, indent=1, sort_keys=True) + "\n")
+    _sync(path)
+    _sync(folder)
+
+
+def _told(path: Path) -> dict[str, Any]:
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fault_of(path: Path) -> str | None:
+    """Why this checkpoint cannot be trusted, in a few words, or None where every byte is as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        files = manifest["files"]
+        if not isinstance(manifest["facts"]["step"], int):
+            return f"{MANIFEST} is damaged"
+    except OSError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is damaged"
+    return next((fault for name, told in files.items() if (fault := _file_fault(path, name, told))), None)
+
+
+def _file_fault(folder: Path, name: str, told: Mapping[str, Any]) -> str | None:
+    file = folder / name
+    if not file.is_file():
+        return f"{name} is missing"
+    if file.stat().st_size != told["bytes"]:
+        return f"{name} has {file.stat().st_size} bytes, not {told['bytes']}"
+    if file_sha256(file) != told["sha256"]:
+        return f"{name} is not what was written (sha256 differs)"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The checkpoint to resume from and the newer ones that were refused, each with its reason."""
+
+    newest: Checkpoint | None
+    refused: tuple[tuple[Path, str], ...]
+
+
+def newest_verified(root: Path) -> Choice:
+    """The newest checkpoint whose every byte verifies; newer ones that do not are told."""
+    refused: list[tuple[Path, str]] = []
+    for path in sorted(root.glob("step-*"), reverse=True):
+        if not path.name.removeprefix("step-").isdecimal():
+            continue
+        fault = fault_of(path)
+        if fault is None:
+            return Choice(read(path), tuple(refused))
+        refused.append((path, fault))
+    return Choice(None, tuple(refused))
+
+
+def read(path: Path) -> Checkpoint:
+    """A committed checkpoint by its folder; its bytes are not verified here."""
+    facts = json.loads((path / MANIFEST).read_bytes())["facts"]
+    return Checkpoint(path, facts["step"], facts)
+
+
+def clear_partial(root: Path) -> None:
+    """Removes what a killed save left behind in this run's own folder."""
+    for path in root.glob(f"step-*{_PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes an unprivileged process may still write where ``folder`` is."""
+    stats = os.statvfs(folder)
+    return stats.f_bavail * stats.f_frsize

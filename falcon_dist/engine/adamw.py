@@ -1,0 +1,118 @@
+"""AdamW with exact fp32 state for weights of any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+STATE_NAMES = ("master", "exp_avg", "exp_avg_sq")
+
+
+class MasterAdamW(Optimizer):
+    """AdamW (arXiv:1711.05101) whose master weights and moments are fp32; torch's fused kernel does the step.
+
+    A bf16 weight keeps an fp32 master beside it and is that master, rounded, after each step; an fp32
+    weight is its own master. Parameters are named, so that the state can be kept without their order.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        assert closure is None, "re-evaluating the loss is not supported"
+        self.steps += 1
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, group)
+
+    def _update(self, param: torch.Tensor, group: Mapping[str, Any]) -> None:
+        state = self._state(param)
+        master = state.get("master", param)
+        torch._fused_adamw_(
+            [master],
+            [param.grad.to(torch.float32)],  # type: ignore[union-attr]
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [torch.tensor(float(self.steps))],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+        if master is not param:
+            param.copy_(master)
+
+    def _state(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = self.state[param]
+        if not state:
+            if param.dtype != torch.float32:
+                state["master"] = param.detach().to(torch.float32)
+            state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what ``state_dict`` gave, in the dtypes it has.
+
+        torch's own method rounds floating state to the parameter's dtype, and accelerate calls it on
+        every optimizer it wraps: bf16 weights would lose their fp32 masters without a word.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        for param, index in zip(params, _indices(state_dict), strict=True):
+            if index in state_dict["state"]:
+                self.state[param] = dict(state_dict["state"][index])
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+
+    def named_state(self, names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tensor]:
+        """{"exp_avg/lm_head.weight": tensor, ...} of every parameter that was stepped; the tensors are not copied."""
+        return {
+            f"{kind}/{names[param]}": tensor for param, state in self.state.items() for kind, tensor in state.items()
+        }
+
+    def load_named_state(
+        self, names: Mapping[torch.Tensor, str], state: Mapping[str, torch.Tensor], steps: int
+    ) -> None:
+        """Takes what ``named_state`` gave, bit for bit.
+
+        Raises:
+            KeyError: a parameter's state is missing.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                kinds = STATE_NAMES if param.dtype != torch.float32 else STATE_NAMES[1:]
+                self.state[param] = {kind: state[f"{kind}/{names[param]}"] for kind in kinds}
+        self.steps = steps
+
+
+def _indices(state_dict: Mapping[str, Any]) -> list[int]:
+    return [index for group in state_dict["param_groups"] for index in group["params"]]
+
+
+def decayed_groups(named: Iterable[tuple[str, torch.Tensor]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices decay, vectors (norms and biases) do not."""
+    matrices: list[torch.Tensor] = []
+    vectors: list[torch.Tensor] = []
+    for _, param in named:
+        (matrices if param.ndim >= 2 else vectors).append(param)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,86 @@
+"""The native engine: stock transformers classes on upstream torch, dtype and attention chosen explicitly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from falcon_dist.config import ModelConfig, Precision
+from falcon_dist.contract import UserError
+
+WEIGHT_DTYPES: dict[Precision, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "bf16-autocast": torch.float32,
+    "fp32": torch.float32,
+}
+
+
+def load_model(source: Path | str, config: ModelConfig, precision: Precision) -> PreTrainedModel:
+    """The model with its weights in the precision's dtype, in training mode.
+
+    Raises:
+        UserError: there is no such model, or its files do not load.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source),
+            dtype=WEIGHT_DTYPES[precision],
+            revision=_revision(source, config),
+            attn_implementation=config.attention,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f'model.name: cannot load "{source}": {_first_line(error)}') from error
+    model.train()
+    return model
+
+
+def load_tokenizer(source: Path | str, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=_revision(source, config))
+    except (OSError, ValueError) as error:
+        raise UserError(f'model.name: cannot load the tokenizer of "{source}": {_first_line(error)}') from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(source: Path | str, config: ModelConfig) -> PreTrainedConfig:
+    """The model's architecture; no weight is read.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        return AutoConfig.from_pretrained(str(source), revision=_revision(source, config))
+    except (OSError, ValueError) as error:
+        raise UserError(f'model.name: cannot load "{source}": {_first_line(error)}') from error
+
+
+def count_parameters(plan: PreTrainedConfig) -> int:
+    """Parameters of a model of this architecture, tied ones once, without making any."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(plan)
+    return sum(p.numel() for p in model.parameters())
+
+
+def _revision(source: Path | str, config: ModelConfig) -> str:
+    return "main" if Path(source).exists() else config.revision or "main"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,195 @@
+"""SFTTrainer fitted to packed rows through its public hooks: rows, loss, schedule, what is told after each step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from trl import SFTConfig, SFTTrainer
+
+from falcon_dist.config import OptimConfig, TrainConfig
+from falcon_dist.engine.adamw import MasterAdamW
+from falcon_dist.loss import token_losses
+from falcon_dist.masking import Masking
+from falcon_dist.metrics import Reporter, StepRecord
+from falcon_dist.order import Schedule
+from falcon_dist.rows import Part
+from falcon_dist.world import World
+
+
+class PackedTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer with one loss of ours: summed over the rows' own labels, divided by all ranks' labels."""
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Mean loss a token of the global batch, times world_size because DDP averages gradients over ranks."""
+        assert not return_outputs
+        assert num_items_in_batch is not None
+        labels = inputs.pop("labels")
+        logits = model(**inputs, use_cache=False).logits
+        tokens = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        loss: torch.Tensor = token_losses(logits, labels).sum() / tokens * self.args.world_size
+        return loss
+
+
+class RowCollator:
+    """Row numbers -> the batch a model takes; remembers which rows it gave."""
+
+    def __init__(self, part: Part, masking: Masking) -> None:
+        self.part = part
+        self._masking = masking
+        self._given: list[int] = []
+
+    def __call__(self, examples: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+        rows = [int(example["row"]) for example in examples]
+        self._given += rows
+        batch = self.part.batch(rows)
+        return {**batch, **self._masking.inputs(batch.pop("records"))}
+
+    def take(self, count: int) -> list[int]:
+        """The oldest ``count`` rows not yet taken; later ones were fetched ahead of their step."""
+        taken, self._given = self._given[:count], self._given[count:]
+        return taken
+
+
+def row_stream(schedule: Schedule, start: int) -> Dataset:
+    """The numbers of all rows from step ``start`` on, in training order: what SFTTrainer walks through."""
+    steps = range(start, schedule.total_steps)
+    return Dataset.from_dict({"row": [row for step in steps for row in schedule.rows_of_step(step)]})
+
+
+def learning_rate_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
+    """Step (from 0) -> share of the peak learning rate: linear warm-up, then the schedule down to 0 at the end."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / (config.warmup_steps + 1)
+        done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        if config.schedule == "linear":
+            return max(0.0, 1.0 - done)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))) if config.schedule == "cosine" else 1.0
+
+    return factor
+
+
+def make_scheduler(optimizer: MasterAdamW, config: OptimConfig, schedule: Schedule, start: int) -> LambdaLR:
+    """The schedule as seen from step ``start``: it depends on the step alone, so nothing of it must be kept."""
+    factor = learning_rate_factor(config, schedule.total_steps)
+    return LambdaLR(optimizer, lambda step: factor(start + step))
+
+
+def trainer_settings(config: TrainConfig, schedule: Schedule, start: int, output_dir: str) -> SFTConfig:
+    """SFTConfig for rows that are ready as they are; what it would save, log or shuffle itself is turned off."""
+    return SFTConfig(
+        output_dir=output_dir,
+        use_cpu=True,
+        bf16=config.precision == "bf16-autocast",
+        per_device_train_batch_size=config.loop.micro_batch,
+        gradient_accumulation_steps=schedule.grad_accum,
+        max_steps=schedule.total_steps - start,
+        max_grad_norm=config.optim.max_grad_norm,
+        gradient_checkpointing=config.loop.grad_checkpointing,
+        train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        max_length=None,
+        packing=False,
+        seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=False,
+    )
+
+
+class StepCallback(TrainerCallback):  # type: ignore[misc]
+    """After each step: checks the rows against the plan, reports, and saves where it is due."""
+
+    def __init__(
+        self,
+        *,
+        config: TrainConfig,
+        schedule: Schedule,
+        world: World,
+        start: int,
+        collator: RowCollator,
+        reporter: Reporter,
+        save: Callable[[int], None],
+    ) -> None:
+        self._config = config
+        self._schedule = schedule
+        self._world = world
+        self._start = start
+        self._collator = collator
+        self._reporter = reporter
+        self._save = save
+        self._began = self._step_began = time.monotonic()
+        self.last_step = start
+
+    def on_step_begin(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Seeds by step and rank: dropout is the same again after a resume, with no generator state to keep."""
+        step = self._start + state.global_step
+        torch.manual_seed((self._config.seed * 1_000_003 + step) * self._world.world_size + self._world.rank)
+        self._step_began = time.monotonic()
+        if state.global_step == 0:
+            self._began = self._step_began
+
+    def on_log(
+        self,
+        args: SFTConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called once a step (logging_steps=1) and once more at the end, then without a loss."""
+        if logs is None or "loss" not in logs:
+            return
+        step = self._start + state.global_step
+        rows = self._check_rows(step)
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(f"loss is {logs['loss']} at step {step}; rows of this rank: {rows}")
+        self._report(step, logs, rows)
+        self.last_step = step
+        every = self._config.checkpoint.every
+        if step == self._schedule.total_steps or (every and step % every == 0):
+            self._save(step)
+
+    def _check_rows(self, step: int) -> list[int]:
+        planned = self._schedule.rows_of_rank(step - 1, self._world.rank)
+        rows = self._collator.take(len(planned))
+        if rows != planned:
+            raise RuntimeError(f"step {step} trained rows {rows}, planned were {planned}")
+        return rows
+
+    def _report(self, step: int, logs: dict[str, float], rows: list[int]) -> None:
+        now = time.monotonic()
+        total = self._schedule.total_steps
+        record = StepRecord(
+            step=step,
+            loss=logs["loss"],
+            learning_rate=logs["learning_rate"],
+            grad_norm=logs.get("grad_norm"),
+            epoch=round(self._schedule.epoch_at(step), 4),
+            tokens=self._collator.part.count_tokens(self._schedule.rows_of_step(step - 1)),
+            seconds=now - self._step_began,
+            rows=rows,
+        )
+        eta = (now - self._began) / (step - self._start) * (total - step)
+        every = self._config.report.log_every
+        self._reporter.step(record, total=total, eta_s=eta, log=step == total or bool(every and step % every == 0))

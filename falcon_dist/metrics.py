@@ -1,0 +1,107 @@
+"""What a rank tells while it runs: events for the launcher, step records on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from falcon_dist import contract
+from falcon_dist.world import World
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One finished optimizer step, as kept in steps.jsonl."""
+
+    step: int
+    """From 1."""
+    loss: float
+    """Mean over the tokens of the whole global batch."""
+    learning_rate: float
+    grad_norm: float | None
+    epoch: float
+    tokens: int
+    """Tokens of this step over all ranks, padding left out."""
+    seconds: float
+    rows: list[int]
+    """Rows this rank trained, in order."""
+
+
+class Reporter:
+    """Sends a rank's events to the launcher; without one, rank 0 prints them."""
+
+    def __init__(self, world: World, env: Mapping[str, str], rank_dir: Path | None) -> None:
+        self._world = world
+        self._events: TextIO | None = None
+        self._steps: TextIO | None = None
+        self.phases: dict[str, float] = {}
+        """Seconds spent in each phase."""
+        if contract.EVENT_FD in env:
+            # Ranks start no programs that would need it, and DataLoader workers must not hold it open.
+            descriptor = int(env[contract.EVENT_FD])
+            os.set_inheritable(descriptor, False)
+            self._events = os.fdopen(descriptor, "w", buffering=1)
+        if rank_dir is not None:
+            rank_dir.mkdir(parents=True, exist_ok=True)
+            self._steps = (rank_dir / contract.STEPS_FILE).open("a", buffering=1)
+
+    def bound(self, cpus: str, threads: int) -> None:
+        """Tells the binding that torch sees."""
+        self._send({"event": "bound", "cpus": cpus, "threads": threads})
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Names what goes on in the block and adds up its time."""
+        self._send({"event": "phase", "name": name})
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - start
+
+    def line(self, text: str) -> None:
+        """A line for the person watching, told once (by rank 0)."""
+        if self._world.is_main:
+            self._send({"event": "line", "text": text}, shown=text)
+
+    def step(self, record: StepRecord, *, total: int, eta_s: float, log: bool) -> None:
+        """A finished step: kept on disk by every rank, shown from rank 0."""
+        if self._steps is not None:
+            self._steps.write(json.dumps(asdict(record)) + "\n")
+        event = {
+            "event": "step",
+            "step": record.step,
+            "total": total,
+            "loss": record.loss,
+            "lr": record.learning_rate,
+            "epoch": record.epoch,
+            "tokens_per_s": record.tokens / record.seconds,
+            "eta_s": eta_s,
+            "log": log,
+        }
+        shown = (
+            f"step {record.step}/{total}  loss {record.loss:.4f}  learning_rate {record.learning_rate:.3g}  "
+            f"epoch {record.epoch:.2f}"
+        )
+        self._send(event, shown=shown if log and self._world.is_main else None)
+
+    def checkpoint(self, path: Path, step: int) -> None:
+        """A checkpoint was committed."""
+        self._send({"event": "checkpoint", "path": str(path), "step": step}, shown=f"checkpoint {path}")
+
+    def summary(self, lines: list[str]) -> None:
+        """The closing text."""
+        if self._world.is_main:
+            self._send({"event": "summary", "lines": lines}, shown="\n".join(lines))
+
+    def _send(self, event: dict[str, Any], shown: str | None = None) -> None:
+        if self._events is not None:
+            self._events.write(json.dumps(event) + "\n")
+        elif shown is not None:
+            print(shown, flush=True)

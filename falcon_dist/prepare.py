@@ -1,0 +1,71 @@
+"""What each host does once before its ranks start: the model fetched, the rows packed. No process group exists."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from falcon_dist.config import ModelConfig, TrainConfig
+from falcon_dist.contract import UserError
+from falcon_dist.dataset import describe, prepare_rows
+from falcon_dist.engine.native import count_parameters, load_config, load_tokenizer
+from falcon_dist.masking import check_packing
+from falcon_dist.packaged import PREFIX, packaged_model
+
+PREPARED_FILE: Final = "prepared.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """Where this host has what the ranks need."""
+
+    model: str
+    """Folder or hub name."""
+    rows: str
+    """Folder of the packed store."""
+    parameters: int
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Prepared:
+        """Raises UserError where the run was not prepared on this host."""
+        try:
+            return cls(**json.loads((run_dir / PREPARED_FILE).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f'prepare: nothing prepared in "{run_dir}"; run python -m falcon_dist prepare '
+                f"--config {run_dir / 'config.json'} on this host first"
+            ) from error
+
+
+def prepare(config: TrainConfig, run_dir: Path) -> Prepared:
+    """Makes everything ready and writes prepared.json; prints what it did.
+
+    Raises:
+        UserError: model or data cannot be used.
+    """
+    model = find_model(config.model)
+    plan = load_config(model, config.model)
+    check_packing(plan, config.data.packing)
+    parameters = count_parameters(plan)
+    print(f"model: {config.model.name}, {parameters:,} parameters", flush=True)
+    store = prepare_rows(config.data, load_tokenizer(model, config.model))
+    print("\n".join(describe(store)), flush=True)
+    prepared = Prepared(model=model, rows=str(store.path), parameters=parameters)
+    (run_dir / PREPARED_FILE).write_text(json.dumps(asdict(prepared), indent=1) + "\n")
+    return prepared
+
+
+def find_model(config: ModelConfig) -> str:
+    """Folder or hub name that from_pretrained takes.
+
+    Raises:
+        UserError: a path that does not exist, or a package that is not installed.
+    """
+    if config.name.startswith(PREFIX):
+        return str(packaged_model(config.name))
+    looks_like_path = config.name.startswith((".", "/", "~"))
+    if looks_like_path and not Path(config.name).expanduser().is_dir():
+        raise UserError(f'model.name: no such folder: "{config.name}"')
+    return str(Path(config.name).expanduser()) if Path(config.name).expanduser().is_dir() else config.name

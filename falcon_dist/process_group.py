@@ -1,0 +1,85 @@
+"""Opens the collective group of a run and closes it again; the seam by which backends enter."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from falcon_dist import contract
+from falcon_dist.contract import UserError
+from falcon_dist.world import World
+
+TIMEOUT = datetime.timedelta(seconds=120)
+"""How long a collective may take before its ranks are told; torch's own 30 minutes hide a dead peer."""
+
+
+@contextlib.contextmanager
+def open_group(world: World, env: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """The default process group of this run, for CPU tensors, as long as the block lasts.
+
+    Raises:
+        UserError: the backend is not known, or the group is not the world that was launched.
+    """
+    backend = env.get(contract.BACKEND, "gloo")
+    if backend != "gloo":
+        raise UserError(f'backend: this build has "gloo" only: "{backend}"; use --backend gloo')
+    store = _store(world, env)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=TIMEOUT)
+    try:
+        _check_world(world)
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _store(world: World, env: Mapping[str, str]) -> Store:
+    """The run's rendezvous: rank 0 serves it, on the launcher's listening socket where there is one."""
+    if contract.MASTER_ADDR not in env:
+        return HashStore()
+    descriptor = env.get(contract.STORE_FD)
+    agent_serves = env.get(contract.USE_AGENT_STORE) == "True"
+    return TCPStore(
+        env[contract.MASTER_ADDR],
+        int(env[contract.MASTER_PORT]),
+        world.world_size,
+        is_master=world.is_main and not agent_serves,
+        timeout=TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=int(descriptor) if descriptor is not None else None,
+    )
+
+
+def _check_world(world: World) -> None:
+    got = (dist.get_rank(), dist.get_world_size())
+    if got != (world.rank, world.world_size):
+        raise RuntimeError(f"launched as rank {world.rank} of {world.world_size}, got rank {got[0]} of {got[1]}")
+    everyone = torch.ones(1, dtype=torch.int64)
+    dist.all_reduce(everyone)
+    if int(everyone) != world.world_size:
+        raise RuntimeError(f"{int(everyone)} ranks answered, {world.world_size} were launched")
+
+
+def same_everywhere(digest: bytes, what: str) -> None:
+    """Raises UserError on every rank where ranks do not all hold the same bytes.
+
+    Compares fixed-length tensors; nothing is pickled.
+    """
+    mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+    others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, mine)
+    odd = [rank for rank, other in enumerate(others) if not torch.equal(other, others[0])]
+    if odd:
+        raise UserError(f"{what}: rank 0 and ranks {odd} hold different ones; prepare every host from the same source")
+
+
+def agree_on(number: int) -> int:
+    """Rank 0's number, on every rank."""
+    box = torch.tensor([number], dtype=torch.int64)
+    dist.broadcast(box, src=0)
+    return int(box)

@@ -1,0 +1,161 @@
+"""The packed store: fixed rows on disk, mapped into memory, under one manifest hash.
+
+A store is a folder: {train,eval}/{tokens,records,mask}.bin and manifest.json. Arrays are raw little-endian
+[rows, max_length]: tokens and records int32, mask uint8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from falcon_dist.contract import UserError
+from falcon_dist.packing import NO_RECORD, Row
+
+MANIFEST: Final = "manifest.json"
+ARRAYS: Final[Mapping[str, str]] = {"tokens": "<i4", "records": "<i4", "mask": "|u1"}
+IGNORED: Final = -100
+"""Label of a position without loss, torch's cross_entropy default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One side of the split, mapped: arrays are [rows, max_length]."""
+
+    tokens: npt.NDArray[np.int32]
+    records: npt.NDArray[np.int32]
+    mask: npt.NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """Rows by number -> input_ids, records, labels, each [B, T] int64; a negative number is a row of nothing.
+
+        A label is the token itself, IGNORED where it carries no loss or begins a record's run: nothing
+        before a border may predict what comes after it.
+        """
+        picked = np.asarray(rows)
+        tokens, records = self.tokens[picked].astype(np.int64), self.records[picked].astype(np.int64)
+        carries = self.mask[picked].astype(bool)
+        carries[:, 1:] &= records[:, 1:] == records[:, :-1]
+        carries[:, 0] = False
+        carries[picked < 0] = False
+        records[picked < 0] = NO_RECORD
+        labels = np.where(carries, tokens, IGNORED)
+        return {
+            "input_ids": torch.from_numpy(tokens),
+            "records": torch.from_numpy(records),
+            "labels": torch.from_numpy(labels),
+        }
+
+    def count_tokens(self, rows: list[int]) -> int:
+        """Tokens in these rows, padding left out."""
+        return int((self.records[[row for row in rows if row >= 0]] != NO_RECORD).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStore:
+    """A whole store: both parts and what the manifest says of them."""
+
+    path: Path
+    train: Part
+    evaluation: Part
+    facts: Mapping[str, Any]
+    """Counts and settings, as written by ``write_store``."""
+    digest: bytes
+    """sha256 of the manifest; stands for every byte of the store."""
+
+    @classmethod
+    def open(cls, path: Path) -> PackedStore:
+        """Maps a committed store.
+
+        Raises:
+            UserError: it is missing, or a file has not the size that the manifest tells.
+        """
+        try:
+            text = (path / MANIFEST).read_bytes()
+        except OSError as error:
+            raise UserError(f'packed rows: no manifest in "{path}"; run falcon-launch again to prepare them') from error
+        manifest = json.loads(text)
+        parts = [_map_part(path / name, manifest) for name in ("train", "eval")]
+        return cls(path, parts[0], parts[1], manifest["facts"], hashlib.sha256(text).digest())
+
+
+def _map_part(folder: Path, manifest: Mapping[str, Any]) -> Part:
+    length = manifest["facts"]["max_length"]
+    arrays = []
+    for name, kind in ARRAYS.items():
+        file = folder / f"{name}.bin"
+        told = manifest["files"][f"{folder.name}/{name}.bin"]["bytes"]
+        if not file.is_file() or file.stat().st_size != told:
+            raise UserError(f'packed rows: "{file}" is damaged; delete "{folder.parent}" and start again')
+        shape = (told // np.dtype(kind).itemsize // length, length)
+        arrays.append(np.memmap(file, kind, "r", shape=shape) if told else np.empty((0, length), kind))
+    return Part(*arrays)
+
+
+def write_store(path: Path, fill: Callable[[Parts], Mapping[str, Any]]) -> None:
+    """Makes a store at ``path`` whole or not at all; ``fill`` writes the rows and returns the facts."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        with PartWriter(partial / "train") as train, PartWriter(partial / "eval") as evaluation:
+            facts = fill({"train": train, "eval": evaluation})
+        files = {f"{w.folder.name}/{name}": told for w in (train, evaluation) for name, told in w.told.items()}
+        manifest = json.dumps({"facts": facts, "files": files}, indent=1, sort_keys=True)
+        (partial / MANIFEST).write_text(manifest + "\n")
+        _publish(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    try:
+        partial.rename(path)
+    except OSError:
+        # Another run made the same store meanwhile; its bytes are ours, for the name is a hash of all inputs.
+        if not (path / MANIFEST).is_file():
+            raise
+
+
+class PartWriter:
+    """Appends rows to one part's files, hashing them on the way."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.told: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, IO[bytes]] = {}
+        self._hashes = {name: hashlib.sha256() for name in ARRAYS}
+
+    def __enter__(self) -> PartWriter:
+        self.folder.mkdir(parents=True)
+        self._files = {name: (self.folder / f"{name}.bin").open("wb") for name in ARRAYS}
+        return self
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Appends rows in order."""
+        for row in rows:
+            for name, kind in ARRAYS.items():
+                data = getattr(row, name).astype(kind).tobytes()
+                self._files[name].write(data)
+                self._hashes[name].update(data)
+
+    def __exit__(self, *_: object) -> None:
+        for name, file in self._files.items():
+            size = file.tell()
+            file.close()
+            self.told[f"{name}.bin"] = {"bytes": size, "sha256": self._hashes[name].hexdigest()}
+
+
+Parts = Mapping[str, PartWriter]
+"""Writers of a store's two parts, by name."""

@@ -1,0 +1,80 @@
+"""One run as every part of the rank's program sees it, and what it tells of itself at start and end."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from falcon_dist.config import TrainConfig
+from falcon_dist.evaluate import HeldOut
+from falcon_dist.metrics import Reporter
+from falcon_dist.order import Schedule
+from falcon_dist.prepare import Prepared
+from falcon_dist.rows import PackedStore
+from falcon_dist.strategy.memory import replicated
+from falcon_dist.world import World
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Settings, place, ranks, data and schedule of one run."""
+
+    config: TrainConfig
+    folder: Path
+    world: World
+    prepared: Prepared
+    store: PackedStore
+    schedule: Schedule
+    reporter: Reporter
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def run_facts(run: Run) -> dict[str, Any]:
+    """What a checkpoint tells of the run that made it."""
+    return {
+        "run_id": run.folder.name,
+        "rows": run.store.digest.hex(),
+        "world_size": run.world.world_size,
+        "global_batch": run.schedule.global_batch,
+        "total_steps": run.schedule.total_steps,
+        "seed": run.config.seed,
+        "precision": run.config.precision,
+    }
+
+
+def opening_lines(run: Run) -> list[str]:
+    """The arithmetic of the run and what a rank will hold, told before anything is loaded."""
+    s, gib = run.schedule, 1 << 30
+    memory = replicated(run.prepared.parameters, run.config.precision)
+    seen = f", {s.unseen_rows:,} rows never trained" if s.unseen_rows else ""
+    return [
+        f"{s.num_rows:,} training rows and {len(run.store.evaluation):,} held-out rows, "
+        f"{run.config.data.max_length} tokens each",
+        f"batch: {s.micro_batch} rows x {s.grad_accum} accumulated x {s.world_size} ranks = {s.global_batch} rows a "
+        f"step; {s.total_steps:,} steps = {s.total_rows:,} rows ({s.epoch_at(s.total_steps):.2f} epochs), "
+        f"{s.padding_rows} padding rows{seen}",
+        f"memory per rank: {memory.total / gib:.2f} GiB = weights {memory.weights / gib:.2f} + gradients "
+        f"{memory.gradients / gib:.2f} + optimizer {memory.optimizer / gib:.2f} ({run.config.precision}), "
+        "activations on top",
+    ]
+
+
+def closing_lines(run: Run, before: dict[str, Any], after: dict[str, Any], saved: Path | None) -> list[str]:
+    """The run's result for a person."""
+    lines = []
+    for name, figures in (("base", before), ("tuned", after)):
+        if "held_out" in figures:
+            lines.append(f"held-out, {name + ':':6} {HeldOut.from_dict(figures['held_out'])}")
+    for prompt in run.config.evaluate.prompts:
+        lines.append(f"prompt: {prompt}")
+        for name, figures in (("base", before), ("tuned", after)):
+            with suppress(KeyError):
+                lines.append(f"  {name + ':':6} {figures['answers'][prompt]}")
+    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run.reporter.phases.items())
+    lines += [f"time: {phases}", f"checkpoint: {saved}", f"chat with it: falcon chat {saved}"]
+    return lines

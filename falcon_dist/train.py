@@ -1,0 +1,223 @@
+"""One rank's program: load, measure, train, keep, measure again. Start reading here.
+
+    prepare (once a host) -> config.json + prepared.json -> this, in every rank
+
+The loop is TRL's SFTTrainer; rows, loss, optimizer and checkpoints are handed to it through its public hooks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+
+from falcon_dist import affinity, checkpoint, contract, masking, train_state
+from falcon_dist.config import TrainConfig
+from falcon_dist.contract import RankResult
+from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
+from falcon_dist.engine.native import load_model, load_tokenizer
+from falcon_dist.evaluate import held_out
+from falcon_dist.generate import Sampling, answer
+from falcon_dist.loop import (
+    PackedTrainer,
+    RowCollator,
+    StepCallback,
+    make_scheduler,
+    row_stream,
+    trainer_settings,
+)
+from falcon_dist.metrics import Reporter
+from falcon_dist.order import plan_schedule
+from falcon_dist.prepare import Prepared
+from falcon_dist.process_group import agree_on, open_group, same_everywhere
+from falcon_dist.resume import resume_point
+from falcon_dist.rows import PackedStore
+from falcon_dist.run import Run, closing_lines, opening_lines, run_facts
+from falcon_dist.world import World
+
+BASE_FILE: Final = "base.json"
+"""What was measured before training, so that a resumed run need not measure it again."""
+
+
+def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, str] = os.environ) -> RankResult:
+    """Runs this rank from start to end.
+
+    Args:
+        config: what to train.
+        folder: the run folder, prepared; checkpoints go below it.
+        resume: go on from the newest checkpoint that verifies.
+        env: the rank's coordinates and channels, see contract.py.
+
+    Raises:
+        UserError: something given cannot be used; nothing was damaged.
+    """
+    affinity.take_threads(env)
+    world = World.from_env(env)
+    rank_dir = Path(env[contract.RANK_DIR]) if contract.RANK_DIR in env else None
+    reporter = Reporter(world, env, rank_dir)
+    seen = affinity.observe()
+    reporter.bound(seen.cpus, seen.threads)
+    fault = affinity.mismatch(seen, env)
+    if fault:
+        raise RuntimeError(fault)
+    prepared = Prepared.read(folder)
+    store = PackedStore.open(Path(prepared.rows))
+    schedule = plan_schedule(config.loop, num_rows=len(store.train), world_size=world.world_size, seed=config.seed)
+    run = Run(
+        config=config,
+        folder=folder,
+        world=world,
+        prepared=prepared,
+        store=store,
+        schedule=schedule,
+        reporter=reporter,
+    )
+    for line in opening_lines(run):
+        reporter.line(line)
+    with open_group(world, env):
+        same_everywhere(store.digest, "packed rows")
+        return _train_in_group(run, seen, resume=resume)
+
+
+def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> RankResult:
+    with run.reporter.phase("load"):
+        tokenizer = load_tokenizer(run.prepared.model, run.config.model)
+        model = load_model(run.prepared.model, run.config.model, run.config.precision)
+        masking.check_packing(model.config, run.config.data.packing)
+        chosen = resume_point(run) if resume else None
+    before = _measure_base(run, model, tokenizer)
+    saved = _fit(run, model, tokenizer, chosen)
+    after = _measure(run, model, tokenizer, "evaluate tuned")
+    lines = closing_lines(run, before, after, saved)
+    run.reporter.summary(lines)
+    return RankResult(
+        status="ok",
+        observed_cpus=seen.cpus,
+        observed_threads=seen.threads,
+        last_step=run.schedule.total_steps,
+        checkpoint=str(saved) if saved else None,
+        peak_rss_bytes=affinity.peak_rss_bytes(),
+        summary={"phases_s": run.reporter.phases, "base": before, "tuned": after},
+    )
+
+
+def _fit(
+    run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chosen: checkpoint.Checkpoint | None
+) -> Path | None:
+    """Trains from the chosen checkpoint, or from the start, to the last step; the last checkpoint's folder."""
+    start = chosen.step if chosen else 0
+    newest = run.checkpoints / checkpoint.folder_name(run.schedule.total_steps)
+    optimizer = MasterAdamW(
+        decayed_groups(model.named_parameters(), run.config.optim.weight_decay),
+        lr=run.config.optim.lr,
+        betas=(run.config.optim.beta1, run.config.optim.beta2),
+        eps=run.config.optim.eps,
+    )
+    if chosen:
+        with run.reporter.phase("load"):
+            train_state.load_weights(chosen.path, model)
+            train_state.load_optimizer(chosen.path, model, optimizer)
+    if start >= run.schedule.total_steps:
+        run.reporter.line(f"all {start} steps are done already")
+        return newest
+    with run.reporter.phase("train"):
+        _run_trainer(run, model, tokenizer, optimizer, start)
+    return newest
+
+
+def _run_trainer(
+    run: Run,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: MasterAdamW,
+    start: int,
+) -> None:
+    collator = RowCollator(run.store.train, masking.Masking.of(model))
+    callback = StepCallback(
+        config=run.config,
+        schedule=run.schedule,
+        world=run.world,
+        start=start,
+        collator=collator,
+        reporter=run.reporter,
+        save=lambda step: _save(run, model, tokenizer, optimizer, step),
+    )
+    trainer = PackedTrainer(
+        model=model,
+        args=trainer_settings(run.config, run.schedule, start, str(run.folder)),
+        train_dataset=row_stream(run.schedule, start),
+        data_collator=collator,
+        processing_class=tokenizer,
+        optimizers=(optimizer, make_scheduler(optimizer, run.config.optim, run.schedule, start)),
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)  # steps are told by our own callback
+    check_trainer(trainer, run.world)
+    trainer.train()
+    check_wrapped(trainer.model_wrapped, run.world)
+    if callback.last_step != run.schedule.total_steps:
+        raise RuntimeError(f"trained to step {callback.last_step} of {run.schedule.total_steps}")
+
+
+def check_trainer(trainer: PackedTrainer, world: World) -> None:
+    """The Trainer can silently train alone where it does not see the launcher's group; here that is an error."""
+    if trainer.args.world_size != world.world_size or trainer.args.process_index != world.rank:
+        raise RuntimeError(
+            f"launched as rank {world.rank} of {world.world_size}, but the trainer is rank "
+            f"{trainer.args.process_index} of {trainer.args.world_size}"
+        )
+
+
+def check_wrapped(model: torch.nn.Module, world: World) -> None:
+    """Raises RuntimeError where the trainer did not wrap the model for the world that was launched."""
+    if world.world_size > 1 and not isinstance(model, DistributedDataParallel):
+        raise RuntimeError(f"the trainer was to wrap the model in DistributedDataParallel, not {type(model).__name__}")
+
+
+def _save(
+    run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: MasterAdamW, step: int
+) -> None:
+    """Rank 0 commits; the others meet it at the next collective."""
+    if not run.world.is_main:
+        return
+    with run.reporter.phase("save"):
+        run.checkpoints.mkdir(exist_ok=True)
+        with checkpoint.committed(run.checkpoints, step, run_facts(run)) as folder:
+            train_state.save_weights(folder, model, tokenizer, run.config.checkpoint.max_shard_size)
+            if run.config.checkpoint.optimizer:
+                train_state.save_optimizer(folder, model, optimizer)
+    run.reporter.checkpoint(run.checkpoints / checkpoint.folder_name(step), step)
+
+
+def _measure_base(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Figures of the model before training, where they are asked for; a resumed run finds them kept."""
+    kept = run.folder / BASE_FILE
+    found = agree_on(int(kept.is_file()))
+    if found:
+        return dict(json.loads(kept.read_text())) if run.world.is_main else {}
+    if not run.config.evaluate.base:
+        return {}
+    measured = _measure(run, model, tokenizer, "evaluate base")
+    if run.world.is_main:
+        kept.write_text(json.dumps(measured, indent=1) + "\n")
+    return measured
+
+
+def _measure(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, phase: str) -> dict[str, Any]:
+    """Held-out loss by all ranks, answers by rank 0."""
+    figures: dict[str, Any] = {}
+    with run.reporter.phase(phase):
+        if len(run.store.evaluation):
+            figures["held_out"] = held_out(model, run.store.evaluation, run.world, run.config.precision).as_dict()
+        if run.world.is_main:
+            sampling = Sampling(max_new_tokens=run.config.evaluate.max_new_tokens)
+            figures["answers"] = {p: answer(model, tokenizer, p, sampling)[0] for p in run.config.evaluate.prompts}
+        dist.barrier()
+    return figures
