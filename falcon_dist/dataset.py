@@ -20,7 +20,7 @@ from falcon_dist.contract import UserError
 from falcon_dist.packaged import cache_folder
 from falcon_dist.packing import Sample, Tally, held_out, pack
 from falcon_dist.records import Record, Source, find_source
-from falcon_dist.rows import MANIFEST, PackedStore, write_store
+from falcon_dist.rows import MANIFEST, PackedStore, Parts, write_store
 
 FORMAT: Final = 1
 """Rises when the same text would become other rows."""

@@ -9,15 +9,21 @@ from falcon_dist.run import Run, run_facts
 
 
 def resume_point(run: Run) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint that verifies, chosen by rank 0 for all."""
+    """The newest checkpoint that verifies, chosen by rank 0 for all; None where none was ever made.
+
+    Raises:
+        UserError: there are checkpoints but none verifies, or the newest is of another run.
+    """
     step = 0
     if run.world.is_main:
         checkpoint.clear_partial(run.checkpoints)
         choice = checkpoint.newest_verified(run.checkpoints)
         for path, reason in choice.refused:
             run.reporter.line(f"refused {path}: {reason}")
-        step = choice.newest.step if choice.newest else 0
+        step = choice.newest.step if choice.newest else -len(choice.refused)
     step = agree_on(step)
+    if step < 0:
+        raise UserError(f'--resume: no checkpoint in "{run.checkpoints}" can be trusted; start a new run')
     if step == 0:
         run.reporter.line("no checkpoint to resume from; starting at step 0")
         return None

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from falcon_dist.checkpoint import TRAIN_STATE
+from falcon_dist.contract import UserError
 from falcon_dist.engine.adamw import MasterAdamW
 
 COUNTERS: Final = "counters.json"
@@ -58,7 +59,13 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
 
 
 def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: MasterAdamW) -> None:
-    """Gives the optimizer the state that ``save_optimizer`` kept."""
+    """Gives the optimizer the state that ``save_optimizer`` kept.
+
+    Raises:
+        UserError: the checkpoint was saved without it; going on with a fresh one would train something else.
+    """
+    if not (folder / TRAIN_STATE / COUNTERS).is_file():
+        raise UserError(f'--resume: "{folder}" has no optimizer state; it was saved with checkpoint.optimizer=false')
     state = _tensors(sorted((folder / TRAIN_STATE).glob("optimizer-*.safetensors")))
     counters = json.loads((folder / TRAIN_STATE / COUNTERS).read_text())
     optimizer.load_named_state(parameter_names(model), state, counters["optimizer_steps"])

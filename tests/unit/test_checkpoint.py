@@ -1,0 +1,92 @@
+"""The commit protocol, verification, and what is chosen to resume from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from falcon_dist import checkpoint
+from falcon_dist.contract import UserError
+
+
+def commit(root: Path, step: int, text: str = "weights") -> Path:
+    with checkpoint.committed(root, step, {"run_id": "r"}) as folder:
+        (folder / "model.safetensors").write_text(f"{text} {step}")
+        (folder / "train_state").mkdir()
+        (folder / "train_state" / "counters.json").write_text("{}")
+    return root / checkpoint.folder_name(step)
+
+
+def test_committed_folder_verifies_and_tells_its_run(tmp_path: Path) -> None:
+    path = commit(tmp_path, 500)
+    assert path.name == "step-000500"
+    assert checkpoint.fault_of(path) is None
+    assert checkpoint.read(path).facts["run_id"] == "r"
+    assert set(json.loads((path / "manifest.json").read_text())["files"]) == {
+        "model.safetensors",
+        "train_state/counters.json",
+    }
+    assert os.listdir(tmp_path) == ["step-000500"]
+
+
+def test_interrupted_save_leaves_the_older_one_alone(tmp_path: Path) -> None:
+    commit(tmp_path, 1)
+    with pytest.raises(KeyboardInterrupt), checkpoint.committed(tmp_path, 2, {}) as folder:
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["step-000001"]
+
+
+def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    commit(tmp_path, 1)
+    with pytest.raises(UserError, match="No space left on device; earlier checkpoints are untouched"):
+        with checkpoint.committed(tmp_path, 2, {}), Path("/dev/full").open("w") as file:
+            file.write("x" * 100_000)
+    assert checkpoint.newest_verified(tmp_path).newest.step == 1
+    assert os.listdir(tmp_path) == ["step-000001"]
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "train_state/counters.json"])
+def test_one_flipped_bit_is_caught_and_named(tmp_path: Path, name: str) -> None:
+    commit(tmp_path, 1)
+    newer = commit(tmp_path, 2)
+    flip_bit(newer / name)
+    choice = checkpoint.newest_verified(tmp_path)
+    assert choice.newest is not None
+    assert choice.newest.step == 1
+    assert choice.refused == ((newer, f"{name} is not what was written (sha256 differs)"),)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda p: (p / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda p: (p / "model.safetensors").write_text("short"), "model.safetensors has 5 bytes, not 9"),
+        (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda p: (p / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda p: (p / "manifest.json").write_text("{}"), "manifest.json is damaged"),
+        (lambda p: shutil.rmtree(p / "train_state"), "train_state/counters.json is missing"),
+    ],
+)
+def test_refusals_name_their_reason(tmp_path: Path, damage, reason: str) -> None:
+    damage(commit(tmp_path, 7))
+    choice = checkpoint.newest_verified(tmp_path)
+    assert choice.newest is None
+    assert choice.refused[0][1] == reason
+
+
+def test_partial_folders_are_never_chosen_and_are_cleared(tmp_path: Path) -> None:
+    (tmp_path / "step-000009.partial-1").mkdir()
+    assert checkpoint.newest_verified(tmp_path) == checkpoint.Choice(None, ())
+    checkpoint.clear_partial(tmp_path)
+    assert not os.listdir(tmp_path)
