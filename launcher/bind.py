@@ -1,0 +1,104 @@
+"""System calls by which a process is bound and tied to its parent. Linux only; numactl is not needed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import platform
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from launcher.cpuset import CpuSet
+from launcher.errors import LaunchError
+
+PR_SET_PDEATHSIG: Final = 1
+PR_SET_CHILD_SUBREAPER: Final = 36
+MPOL_DEFAULT: Final = 0
+MPOL_BIND: Final = 2
+SET_MEMPOLICY: Final = {"x86_64": 238, "aarch64": 237, "ppc64le": 261, "s390x": 270}
+"""System call numbers: the C library has no function for this one."""
+REFUSALS: Final = (errno.EPERM, errno.ENOSYS)
+"""What containers (seccomp) and kernels without NUMA answer."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of descendants that lose theirs, so that it can end them."""
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def die_with(parent: int) -> None:
+    """For a fresh child: SIGKILL when ``parent``, the process that forked it, is gone."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it went before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def bound(cpus: CpuSet, mem_nodes: CpuSet) -> Iterator[str | None]:
+    """Binds this process, and thereby what it starts, for the length of the block.
+
+    Yields why the memory policy was refused, or None. Empty ``mem_nodes``: memory is not bound.
+
+    Raises:
+        LaunchError: the cpus cannot be had on this machine.
+    """
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as fault:
+        raise LaunchError(
+            f'cannot bind to cpus "{cpus}": {fault.strerror}; allowed are "{CpuSet.of(before)}"'
+        ) from fault
+    try:
+        yield set_memory_policy(MPOL_BIND, mem_nodes) if mem_nodes else None
+    finally:
+        os.sched_setaffinity(0, before)
+        if mem_nodes:
+            set_memory_policy(MPOL_DEFAULT, CpuSet())
+
+
+def set_memory_policy(mode: int, mem_nodes: CpuSet) -> str | None:
+    """set_mempolicy(2) for this process; returns why it was refused, or None.
+
+    Raises:
+        LaunchError: the kernel knows no such nodes.
+    """
+    number = SET_MEMPOLICY.get(platform.machine())
+    if number is None:
+        return f"no system call number for {platform.machine()}"
+    bits = max(mem_nodes, default=0) + 1
+    words = (ctypes.c_ulong * (bits // 64 + 1))()
+    for node in mem_nodes:
+        words[node // 64] |= 1 << (node % 64)
+    # The kernel reads one bit less than it is told.
+    if _libc.syscall(number, mode, words if mem_nodes else None, ctypes.c_ulong(bits + 1)) == 0:
+        return None
+    fault = ctypes.get_errno()
+    if fault in REFUSALS:
+        return os.strerror(fault)
+    raise LaunchError(f'cannot bind memory to NUMA nodes "{mem_nodes}": {os.strerror(fault)}')
+
+
+def observed_cpus(pid: int) -> str | None:
+    """The affinity mask the kernel holds for a process, as "0-3,8"; None: it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    rows = (line.partition(":") for line in status.splitlines())
+    return next((value.strip() for name, _, value in rows if name == "Cpus_allowed_list"), None)
+
+
+def children() -> list[int]:
+    """Process ids of this process's children, adopted ones included; empty where the kernel does not list them."""
+    try:
+        text = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    except OSError:
+        return []
+    return [int(pid) for pid in text.split()]

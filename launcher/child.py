@@ -1,0 +1,134 @@
+"""One process an agent runs: started bound, its output in files from the first second, its events in a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from launcher import bind
+from launcher.cpuset import CpuSet
+from launcher.errors import LaunchError
+from launcher.transport import CHUNK_BYTES, Lines
+
+STREAMS: Final = ("stdout", "stderr")
+TAIL_LINES: Final = 15
+LONGEST_LINE_BYTES: Final = 1 << 16
+
+
+class Tail:
+    """Follows a file as its writer appends. The file is the record: an agent that dies loses none of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._rest = b""
+        self.last: deque[str] = deque(maxlen=TAIL_LINES)
+
+    def read(self, *, final: bool = False) -> list[str]:
+        """Lines that are new; ``final`` also takes a last line without an end."""
+        lines: list[bytes] = []
+        while data := os.read(self._fd, CHUNK_BYTES):
+            *whole, self._rest = (self._rest + data).split(b"\n")
+            lines += whole
+            if len(self._rest) > LONGEST_LINE_BYTES:
+                lines, self._rest = [*lines, self._rest], b""
+        if final and self._rest:
+            lines, self._rest = [*lines, self._rest], b""
+        text = [line.decode(errors="replace") for line in lines]
+        self.last.extend(line for line in text if line.strip())
+        return text
+
+    def close(self) -> None:
+        """Stops following."""
+        os.close(self._fd)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """What to start and how."""
+
+    name: str
+    """"rank", "prepare" or "store"."""
+    rank: int | None = None
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    cwd: str
+    folder: Path
+    cpus: CpuSet
+    mem_nodes: CpuSet = CpuSet()  # noqa: RUF009  # an immutable value
+    pass_fds: tuple[int, ...] = ()
+    keep_input: bool = False
+    """Its standard input stays open as long as the agent lives; otherwise it is empty."""
+
+
+class Child:
+    """A running process of the agent's; the leader of its own session and process group."""
+
+    def __init__(self, order: Order, *, events: int | None = None) -> None:
+        """Starts it.
+
+        Raises:
+            LaunchError: it cannot be started or bound.
+        """
+        self.order = order
+        self.tails = {name: _empty_file(order.folder, name) for name in STREAMS}
+        self.events = None if events is None else Lines(events)
+        self.events_fd = events
+        self.refused: str | None = None
+        self._process = self._start()
+        self.pid = self._process.pid
+        # Popen comes back when exec has happened: this is the program's own mask.
+        self.observed = bind.observed_cpus(self.pid)
+
+    def signal_group(self, number: int) -> None:
+        """Sends a signal to it and to all it has started in its group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def reaped(self, status: int) -> None:
+        """The agent has collected its end; frees what it held."""
+        self._process.returncode = status  # or Popen would warn of a process nobody waited for
+        if self._process.stdin:
+            self._process.stdin.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        order, agent = self.order, os.getpid()
+        folder = order.folder
+        with (
+            bind.bound(order.cpus, order.mem_nodes) as self.refused,
+            (folder / "stdout").open("ab") as out,
+            (folder / "stderr").open("ab") as err,
+        ):
+            try:
+                return subprocess.Popen(
+                    order.argv,
+                    env=dict(order.env),
+                    cwd=order.cwd,
+                    stdin=subprocess.PIPE if order.keep_input else subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    pass_fds=order.pass_fds,
+                    start_new_session=True,
+                    preexec_fn=lambda: bind.die_with(agent),  # noqa: PLW1509  # safe: an agent has one thread
+                )
+            except OSError as fault:
+                raise LaunchError(f'{order.name}: cannot start "{order.argv[0]}": {fault.strerror}') from fault
+
+
+def _empty_file(folder: Path, name: str) -> Tail:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / name).touch(mode=0o600)
+    return Tail(folder / name)
+
+
+def kill_and_reap(pid: int) -> None:
+    """Ends a process that became this one's child; it may be gone already."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

@@ -1,0 +1,230 @@
+"""LaunchConfig and its one loader: defaults < TOML recipe < flags. Errors name the place and the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import falcon_dist
+from falcon_dist.config import TrainConfig, Value, build, check_known, flatten, keys_of
+from launcher.errors import UserError
+from launcher.redaction import is_secret, redact_value
+
+Backend = Literal["auto", "gloo", "ccl"]
+RECIPES: Final = Path(falcon_dist.__file__).parent / "recipes"
+DEFAULT_RECIPE: Final = "demo"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchSettings:
+    """How ranks are started; the ``[launch]`` table of a recipe."""
+
+    nproc_per_node: int | None = None
+    """Ranks on each node; None (written "auto"): one per NUMA node."""
+    runs_dir: str = "runs"
+    """Folder of all run folders."""
+    run_id: str | None = None
+    """Name of this run's folder; None: made from the time."""
+    backend: Backend = "auto"
+    """Collective backend of our own program."""
+    env: tuple[str, ...] = ()
+    """NAME=VALUE, or NAME to take the value from the launcher's environment."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """Somebody else's program to run instead of ours."""
+
+    module: bool
+    """True: the first word is a module's name; False: a script's path."""
+    argv: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchConfig:
+    """All that was asked for."""
+
+    launch: LaunchSettings = field(default_factory=LaunchSettings)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    program: Program | None = None
+    """None: our own training program."""
+    resume_from: str | None = None
+    """Run folder that is continued; None: a new run."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told about how this came to be."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``config.json`` of a run holds. A secret given by ``--env`` is kept by its name only."""
+        env = [_without_secret(item) for item in self.launch.env]
+        launch = dataclasses.asdict(self.launch) | {"env": env}
+        if self.program is not None:
+            return {"launch": launch, "program": dataclasses.asdict(self.program)}
+        return {"launch": launch, "train": dataclasses.asdict(self.train)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flags:
+    """What stood on the command line, not yet judged."""
+
+    launch: Mapping[str, Value] = field(default_factory=dict)
+    """Keys of LaunchSettings that were given."""
+    sets: tuple[str, ...] = ()
+    """``section.key=value`` in the order given."""
+    env: tuple[str, ...] = ()
+    env_file: str | None = None
+    recipe: str | None = None
+    resume: str | None = None
+    """A run id, a run folder, or "auto"."""
+    program: Program | None = None
+
+
+def load(flags: Flags) -> LaunchConfig:
+    """The configuration these flags ask for; reads the recipe, the env file and the run to be resumed.
+
+    Raises:
+        UserError: a file is missing or no TOML, a key is not known, a value does not fit.
+    """
+    folder, notes = _resumed(flags)
+    values = _saved(folder) if folder else {}
+    program = flags.program or _saved_program(folder)
+    if flags.recipe or not (folder or program):
+        values |= _recipe(flags.recipe or DEFAULT_RECIPE)
+    values |= _from_flags(flags)
+    check_known(values, _known_keys())
+    launch = _launch_settings(values, flags)
+    if folder:
+        launch = dataclasses.replace(launch, runs_dir=str(folder.parent), run_id=folder.name)
+    return LaunchConfig(
+        launch=launch,
+        train=build(TrainConfig, values),
+        program=program,
+        resume_from=str(folder) if folder else None,
+        notes=notes,
+    )
+
+
+def _known_keys() -> list[str]:
+    return [*(f"launch.{key}" for key in keys_of(LaunchSettings)), *keys_of(TrainConfig)]
+
+
+def _from_flags(flags: Flags) -> dict[str, Value]:
+    given = {f"launch.{key}": value for key, value in flags.launch.items()}
+    for item in flags.sets:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f'--set: not of the form section.key=value: "{item}"')
+        given[key.strip()] = Value(parse_value(text), "--set")
+    return given
+
+
+def parse_value(text: str) -> Any:
+    """The TOML value written in ``text``, or else the text itself.
+
+    >>> parse_value("2e-5"), parse_value("[1, 2]"), parse_value("./my.jsonl")
+    (2e-05, [1, 2], './my.jsonl')
+    """
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return table["value"] if set(table) == {"value"} else text
+
+
+def _launch_settings(values: Mapping[str, Value], flags: Flags) -> LaunchSettings:
+    auto = {k: Value(None, v.source) for k, v in values.items() if k == "launch.nproc_per_node" and v.value == "auto"}
+    settings = build(LaunchSettings, {**values, **auto}, "launch.")
+    _check_launch(settings, values)
+    env = (*settings.env, *_env_file(flags.env_file), *flags.env)
+    return dataclasses.replace(settings, env=env)
+
+
+def _check_launch(settings: LaunchSettings, values: Mapping[str, Value]) -> None:
+    if settings.nproc_per_node is not None and settings.nproc_per_node < 1:
+        source = values["launch.nproc_per_node"].source
+        raise UserError(f'{source}: nproc_per_node must be "auto" or 1 or more: "{settings.nproc_per_node}"')
+    if settings.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", settings.run_id):
+        source = values["launch.run_id"].source
+        raise UserError(f'{source}: run_id names a folder: "{settings.run_id}"; use letters, digits, ".", "_", "-"')
+
+
+def _recipe(name: str) -> dict[str, Value]:
+    path = Path(name) if name.endswith(".toml") or "/" in name else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml"))) or "none"
+        raise UserError(f'--recipe: no such recipe: "{name}"; known: {known}; or give the path of a .toml file')
+    try:
+        return flatten(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise UserError(f"{path}: not TOML: {fault}") from fault
+
+
+def _env_file(name: str | None) -> list[str]:
+    if name is None:
+        return []
+    try:
+        lines = Path(name).read_text(encoding="utf-8").splitlines()
+    except OSError as fault:
+        raise UserError(f'--env-file: cannot be read: "{name}"; {fault.strerror}') from fault
+    rows = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+    return [_env_line(name, number, line) for number, line in rows if line and not line.startswith("#")]
+
+
+def _env_line(name: str, number: int, line: str) -> str:
+    key, equals, value = line.removeprefix("export ").partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*", key.strip()):
+        raise UserError(f'{name}:{number}: not of the form NAME=VALUE: "{key.strip()}"')
+    value = value.strip()
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+    return f"{key.strip()}={value[1:-1] if quoted else value}"
+
+
+def _without_secret(item: str) -> str:
+    name, equals, value = item.partition("=")
+    keep_name_only = is_secret(name) or redact_value(name, value) != value
+    return name if keep_name_only else f"{name}{equals}{value}"
+
+
+def _resumed(flags: Flags) -> tuple[Path | None, tuple[str, ...]]:
+    if flags.resume is None:
+        return None, ()
+    given = flags.launch.get("runs_dir")
+    runs = Path(str(given.value) if given else LaunchSettings().runs_dir)
+    if flags.resume == "auto":
+        found = _newest_with_checkpoints(runs)
+        note = f"resume: {found}" if found else f"resume: no run with a checkpoint in {runs}; a new run starts"
+        return (found.absolute() if found else None), (note,)
+    for folder in (Path(flags.resume), runs / flags.resume):
+        if (folder / "config.json").is_file():
+            return folder.absolute(), ()
+    raise UserError(f'--resume: no such run: "{flags.resume}"; give a run folder, or a run id below {runs}')
+
+
+def _newest_with_checkpoints(runs: Path) -> Path | None:
+    stores = [p for p in runs.glob("*/checkpoints") if any(p.glob("step-*")) and (p.parent / "config.json").is_file()]
+    newest = max(stores, key=lambda p: p.stat().st_mtime_ns, default=None)
+    return newest.parent if newest else None
+
+
+def _saved(folder: Path) -> dict[str, Value]:
+    source = str(folder / "config.json")
+    values = _read_json(folder)
+    return flatten({**values.get("train", {}), "launch": values.get("launch", {})}, source)
+
+
+def _saved_program(folder: Path | None) -> Program | None:
+    saved = _read_json(folder).get("program") if folder else None
+    return Program(module=saved["module"], argv=tuple(saved["argv"])) if saved else None
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as fault:
+        raise UserError(f"{path}: cannot be read: {fault}") from fault

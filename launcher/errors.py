@@ -1,0 +1,16 @@
+"""What the launcher raises on purpose.
+
+Exception
+├── falcon_dist.contract.UserError   what the user gave cannot be; one line, exit code 2
+└── LaunchError                      a host or an agent failed before or beside the ranks; one line, exit code 1
+"""
+
+from __future__ import annotations
+
+from falcon_dist.contract import UserError
+
+__all__ = ["LaunchError", "UserError"]
+
+
+class LaunchError(Exception):
+    """A host or an agent did not do its part: shown as its one line, without a traceback, exit code 1."""

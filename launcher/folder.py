@@ -1,0 +1,83 @@
+"""The run folder: ``runs/<run_id>/{config.json, plan.json, report.json, attempt_N/...}``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from launcher.config import LaunchConfig
+from launcher.errors import UserError
+from launcher.plan import LaunchPlan, Site
+from launcher.report import RunReport
+
+NOT_NAMED = "<new>"
+"""Run id of a dry run that was given none."""
+
+
+def site_of(config: LaunchConfig, *, dry_run: bool) -> Site:
+    """Where the next attempt of this run belongs; writes nothing.
+
+    Raises:
+        UserError: a new run is to have the name of one that exists.
+    """
+    run_id = config.launch.run_id or (NOT_NAMED if dry_run else _new_run_id())
+    run_dir = Path(config.launch.runs_dir).absolute() / run_id
+    if run_dir.exists() and not config.resume_from:
+        raise UserError(f'--run-id: this run exists: "{run_dir}"; use --resume {run_id}, or another name')
+    numbers = [int(p.name.removeprefix("attempt_")) for p in run_dir.glob("attempt_[0-9]*")]
+    return Site(run_id=run_id, attempt=max(numbers, default=0) + 1, run_dir=str(run_dir), cwd=str(Path.cwd()))
+
+
+def create(config: LaunchConfig, plan: LaunchPlan) -> None:
+    """Makes the folder of this attempt and writes what it was started from; readable by its owner only.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    attempt = Path(plan.site.attempt_dir)
+    try:
+        attempt.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        attempt.mkdir(mode=0o700)
+    except OSError as fault:
+        raise UserError(f'--runs-dir: cannot make the run folder: "{attempt}"; {fault.strerror}') from fault
+    _write(plan, "config.json", config.to_json())
+    _write(plan, "plan.json", plan.redacted().to_json())
+
+
+def keep_report(plan: LaunchPlan, report: RunReport) -> None:
+    """Writes how the attempt ended."""
+    _write(plan, "report.json", report.to_json())
+
+
+def read_report(run: str, runs_dir: str) -> RunReport:
+    """The report of a run given by its folder or its id.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    for path in (Path(run) / "report.json", Path(runs_dir) / run / "report.json"):
+        if path.is_file():
+            try:
+                return RunReport.from_json(json.loads(path.read_text()))
+            except (ValueError, KeyError, TypeError) as fault:
+                raise UserError(f'report: cannot be read: "{path}"; {fault!r}') from fault
+    raise UserError(
+        f'report: no such run, or it has not ended: "{run}"; give a run folder, or a run id below {runs_dir}'
+    )
+
+
+def _new_run_id() -> str:
+    return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+
+
+def _write(plan: LaunchPlan, name: str, values: dict[str, Any]) -> None:
+    """The newest at the top of the run folder, and each attempt's own beside its logs."""
+    text = json.dumps(values, indent=1) + "\n"
+    for folder in (plan.site.attempt_dir, plan.site.run_dir):
+        partial = Path(folder) / f"{name}.partial"
+        partial.write_text(text)
+        partial.chmod(0o600)
+        partial.rename(Path(folder) / name)

@@ -1,0 +1,115 @@
+"""What has been heard of a run so far, and the report it makes. Knows no clock: times are handed in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from falcon_dist.contract import RankResult
+from launcher.plan import LaunchPlan, RankPlan
+from launcher.report import RankOutcome, RunReport, outcome_of
+from launcher.supervise import Cause, Ended
+
+
+@dataclass(slots=True)
+class Heard:
+    """What one rank and its agent have told."""
+
+    observed_cpus: str | None = None
+    bound_cpus: str | None = None
+    bound_threads: int | None = None
+    ended: Ended = field(default_factory=Ended)
+    stderr_tail: tuple[str, ...] = ()
+    result: RankResult | None = None
+
+
+class Record:
+    """Grows with every event of an attempt."""
+
+    def __init__(self, plan: LaunchPlan, notes: tuple[str, ...]) -> None:
+        self._plan = plan
+        self._heard: dict[int, Heard] = defaultdict(Heard)
+        self._notes = list(notes)
+        self._phases: list[tuple[str, float]] = []
+        self.summary: tuple[str, ...] = ()
+        self.prepare_tail: tuple[str, ...] = ()
+        self.checkpoint: str | None = None
+        self.last_step = 0
+
+    def note(self, text: str) -> None:
+        """Something the reader of the report should know."""
+        self._notes.append(text)
+
+    def enter(self, phase: str, now_s: float) -> None:
+        """A phase begins, and the one before it ends."""
+        self._phases.append((phase, now_s))
+
+    def spawned(self, rank: int, cpus: str | None) -> str | None:
+        """The agent has started a rank; returns how its binding differs from the plan, or None."""
+        self._heard[rank].observed_cpus = cpus
+        planned = str(self._plan.ranks[rank].binding.cpus)
+        return None if cpus in (planned, None) else f'planned cpus "{planned}", the kernel has "{cpus}"'
+
+    def bound(self, rank: int, told: Mapping[str, Any]) -> str | None:
+        """A rank has told what it sees of its binding; returns how that differs from the plan, or None."""
+        heard, planned = self._heard[rank], self._plan.ranks[rank].binding
+        heard.bound_cpus, heard.bound_threads = told.get("cpus"), told.get("threads")
+        if heard.bound_cpus not in (str(planned.cpus), None):
+            return f'planned cpus "{planned.cpus}", the rank sees "{heard.bound_cpus}"'
+        if heard.bound_threads not in (planned.threads, None):
+            return f"planned {planned.threads} threads, the rank uses {heard.bound_threads}"
+        return None
+
+    def exited(self, rank: int, told: Mapping[str, Any]) -> Ended:
+        """A rank has ended."""
+        heard = self._heard[rank]
+        heard.ended = Ended(code=told["code"], signal=told["signal"])
+        heard.stderr_tail = tuple(told["tail"])
+        heard.result = RankResult(**told["result"]) if told["result"] else None
+        return heard.ended
+
+    def report(self, cause: Cause | None, now_s: float) -> RunReport:
+        """The report as of now."""
+        site = self._plan.site
+        return RunReport(
+            run_id=site.run_id,
+            attempt=site.attempt,
+            run_dir=site.run_dir,
+            outcome=outcome_of(cause),
+            exit_code=cause.exit_code if cause else 0,
+            cause=cause,
+            ranks=tuple(self._outcome(node.host, rank) for node in self._plan.nodes for rank in node.ranks),
+            timings_s=self._timings(now_s),
+            notes=tuple(self._notes),
+            prepare_tail=self.prepare_tail,
+            summary=self.summary,
+            checkpoint=self.checkpoint,
+            last_step=self.last_step,
+        )
+
+    def _timings(self, now_s: float) -> dict[str, float]:
+        ends = [begin for _, begin in self._phases[1:]] + [now_s]
+        timings: dict[str, float] = defaultdict(float)
+        for (name, begin), end in zip(self._phases, ends, strict=True):
+            timings[name] += round(end - begin, 3)
+        return dict(timings)
+
+    def _outcome(self, host: str, rank: RankPlan) -> RankOutcome:
+        heard = self._heard[rank.rank]
+        return RankOutcome(
+            rank=rank.rank,
+            local_rank=rank.local_rank,
+            host=host,
+            rank_dir=rank.rank_dir,
+            planned_cpus=str(rank.binding.cpus),
+            planned_threads=rank.binding.threads,
+            observed_cpus=heard.observed_cpus,
+            bound_cpus=heard.bound_cpus,
+            bound_threads=heard.bound_threads,
+            **dataclasses.asdict(heard.ended),
+            stderr_tail=heard.stderr_tail,
+            result=heard.result,
+        )

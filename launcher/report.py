@@ -1,0 +1,104 @@
+"""RunReport: how a run ended, rank by rank, and why; JSON in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from falcon_dist.contract import RankResult
+from launcher.supervise import Cause
+
+Outcome = Literal["ok", "failed", "interrupted"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankOutcome:
+    """One rank's end."""
+
+    rank: int
+    local_rank: int
+    host: str
+    rank_dir: str
+    planned_cpus: str
+    planned_threads: int
+    observed_cpus: str | None = None
+    """Affinity mask after exec, read by the agent; None: never started."""
+    bound_cpus: str | None = None
+    """Affinity mask the rank itself saw once torch was there; None: it did not tell."""
+    bound_threads: int | None = None
+    code: int | None = None
+    signal: int | None = None
+    """Both None: it never started, or was lost with its agent."""
+    stderr_tail: tuple[str, ...] = ()
+    result: RankResult | None = None
+
+    @property
+    def ok(self) -> bool:
+        """It ended by itself with exit code 0."""
+        return self.code == 0
+
+    @property
+    def as_planned(self) -> bool | None:
+        """Whether it ran where it was planned to; None: not observed."""
+        seen = [c for c in (self.observed_cpus, self.bound_cpus) if c is not None]
+        return all(c == self.planned_cpus for c in seen) if seen else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunReport:
+    """One attempt."""
+
+    run_id: str
+    attempt: int
+    run_dir: str
+    outcome: Outcome
+    exit_code: int
+    """The launcher's exit code."""
+    cause: Cause | None
+    """The first failure; None: there was none."""
+    ranks: tuple[RankOutcome, ...]
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of each phase, in order."""
+    notes: tuple[str, ...] = ()
+    prepare_tail: tuple[str, ...] = ()
+    """Last stderr lines of a preparation that failed."""
+    summary: tuple[str, ...] = ()
+    """Rank 0's closing lines."""
+    checkpoint: str | None = None
+    """Newest committed checkpoint."""
+    last_step: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RunReport:
+        """The inverse of to_json.
+
+        Raises:
+            KeyError, TypeError: the values are no report.
+        """
+        cause = Cause(**values["cause"]) if values["cause"] else None
+        ranks = tuple(_rank(r) for r in values["ranks"])
+        texts = {k: tuple(values[k]) for k in ("notes", "prepare_tail", "summary")}
+        return cls(**{**values, **texts, "cause": cause, "ranks": ranks})
+
+    @property
+    def failed_rank(self) -> RankOutcome | None:
+        """The rank that failed first, where a rank is the cause."""
+        return self.ranks[self.cause.rank] if self.cause and self.cause.rank is not None else None
+
+
+def outcome_of(cause: Cause | None) -> Outcome:
+    """How a run with this first cause is called."""
+    if cause is None:
+        return "ok"
+    return "interrupted" if cause.kind == "interrupt" else "failed"
+
+
+def _rank(values: Mapping[str, Any]) -> RankOutcome:
+    result = RankResult(**values["result"]) if values["result"] else None
+    return RankOutcome(**{**values, "stderr_tail": tuple(values["stderr_tail"]), "result": result})
