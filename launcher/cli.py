@@ -12,15 +12,12 @@ from typing import Any, Final, NoReturn
 
 from falcon_dist.config import Value
 from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR
-from launcher import config, discover, environment, folder, hostfile, plan, render, sysfs, transport
+from launcher import config, discover, environment, folder, hostfile, planner, render, sysfs, transport
 from launcher.cluster import Cluster, HostFacts, join
 from launcher.config import Flags, LaunchConfig, Program
-from launcher.console import Console
 from launcher.errors import LaunchError, UserError
 from launcher.placement import place
 from launcher.plan import LaunchPlan
-from launcher.record import Record
-from launcher.run import Run
 
 USAGE: Final = """falcon-launch [flags]                                 train what a recipe says
        falcon-launch [flags] -- script.py [arguments]        run any torch.distributed program
@@ -88,7 +85,7 @@ def _plan(
 ) -> LaunchPlan:
     placement = place(cluster, settings.launch.nproc_per_node)
     site = folder.site_of(settings, dry_run=dry_run)
-    return plan.build(settings, cluster, placement, site, environ, port=port)
+    return planner.build(settings, cluster, placement, site, environ, port=port)
 
 
 def _show_plan(order: Order, settings: LaunchConfig, cluster: Cluster, environ: Mapping[str, str]) -> int:
@@ -110,6 +107,11 @@ def _run(
     environ: Mapping[str, str],
 ) -> int:
     _plan(settings, cluster, environ, port=None, dry_run=True)  # a plan that cannot be is refused before any port
+    # What only a real run needs is not loaded for --help and --dry-run.
+    from launcher.console import Console
+    from launcher.record import Record
+    from launcher.run import Run
+
     port = discover.open_store(agents, cluster.nodes[0].addr)
     planned = _plan(settings, cluster, environ, port=port, dry_run=False)
     folder.create(settings, planned)
@@ -126,7 +128,7 @@ def _run(
 
 
 def _notes(settings: LaunchConfig, cluster: Cluster, environ: Mapping[str, str]) -> tuple[str, ...]:
-    backend, why = plan.choose_backend(settings, cluster)
+    backend, why = planner.choose_backend(settings, cluster)
     chosen = (f"backend: {backend} ({why})",) if settings.program is None else ()
     withheld = environment.withheld(environ, settings.launch.env)
     kept_back = (f"not passed on to ranks: {', '.join(withheld)}; use --env NAME to pass one",) if withheld else ()

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from falcon_dist import contract
+from launcher.binding import Binding
 from launcher.errors import UserError
-from launcher.placement import Binding
 
 CARRIED: Final = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TMPDIR"),

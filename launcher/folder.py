@@ -6,12 +6,14 @@ import datetime
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.config import LaunchConfig
 from launcher.errors import UserError
 from launcher.plan import LaunchPlan, Site
-from launcher.report import RunReport
+
+if TYPE_CHECKING:  # a --dry-run has no report, and every import delays it
+    from launcher.report import RunReport
 
 NOT_NAMED = "<new>"
 """Run id of a dry run that was given none."""
@@ -58,6 +60,8 @@ def read_report(run: str, runs_dir: str) -> RunReport:
     Raises:
         UserError: there is none that can be read.
     """
+    from launcher.report import RunReport
+
     for path in (Path(run) / "report.json", Path(runs_dir) / run / "report.json"):
         if path.is_file():
             try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
+from launcher.binding import Binding
 from launcher.cluster import Cluster, Node
 from launcher.cpuset import CpuSet
 from launcher.errors import UserError
@@ -23,20 +24,6 @@ class UsableCore(NamedTuple):
     cpu: int
     """First thread that the affinity mask allows."""
     numa_node: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Binding:
-    """What a rank is held to before its program starts."""
-
-    cpus: CpuSet
-    """One cpu of each of its cores."""
-    comm_cpus: CpuSet = CpuSet()  # noqa: RUF009  # an immutable value
-    """Cpus kept free for collective workers."""
-    mem_nodes: CpuSet
-    """NUMA nodes its memory comes from; empty: not bound."""
-    threads: int
-    """Compute threads: one a core."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

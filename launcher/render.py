@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from falcon_dist.contract import EXIT_USER_ERROR
 from launcher.plan import NOT_PROBED, LaunchPlan, NodePlan, RankPlan
 from launcher.redaction import redact
-from launcher.report import RankOutcome, RunReport
+
+if TYPE_CHECKING:  # a --dry-run has no report, and every import delays it
+    from launcher.report import RankOutcome, RunReport
 
 NOTABLE: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GLOO_SOCKET_IFNAME", "FALCON_BACKEND", "HF_TOKEN")
 SIGNALS: Final = {1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE"} | {
