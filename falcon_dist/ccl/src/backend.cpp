@@ -1,0 +1,309 @@
+#include "backend.h"
+
+#include <ATen/ops/view_as_real.h>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+
+#include <algorithm>
+#include <future>
+#include <set>
+
+#include "kvs.h"
+#include "task.h"
+
+namespace falcon {
+
+namespace {
+
+// Never destroyed: groups may be closed while the process ends.
+struct Groups {
+  std::mutex lock;
+  std::set<CclBackend*> live;
+  std::set<Executor*> executors;
+  std::set<int64_t> connected;  // global ranks that oneCCL's transport has met
+};
+
+Groups& groups() {
+  static Groups* const instance = new Groups();
+  return *instance;
+}
+
+std::string ranks_text(const std::vector<int64_t>& ranks) {
+  std::ostringstream out;
+  for (size_t index = 0; index < ranks.size() && index < 16; ++index) {
+    out << (index ? "," : "") << ranks[index];
+  }
+  out << (ranks.size() > 16 ? ",..." : "");
+  return out.str();
+}
+
+// oneCCL connects all processes when its first communicator is made and cannot meet new ones later.
+void check_first_group(const std::vector<int64_t>& ranks, const std::string& group) {
+  Groups& all = groups();
+  std::lock_guard<std::mutex> guard(all.lock);
+  if (all.connected.empty()) {
+    all.connected.insert(ranks.begin(), ranks.end());
+    return;
+  }
+  for (const int64_t rank : ranks) {
+    TORCH_CHECK_VALUE(
+        all.connected.count(rank),
+        "ccl: group ", group, " has rank ", rank, ", which was not in this process's first ccl group (",
+        ranks_text({all.connected.begin(), all.connected.end()}),
+        "): open the group of all ranks first, with init_process_group(\"ccl\")");
+  }
+}
+
+}  // namespace
+
+CclBackend::CclBackend(c10::intrusive_ptr<c10d::Store> store, int rank, int size, Settings settings)
+    : Backend(rank, size),
+      global_ranks_(std::move(settings.global_ranks)),
+      inner_factory_(std::move(settings.inner)),
+      options_(c10::make_intrusive<Options>("ccl", settings.timeout)) {
+  const Clock::time_point started = Clock::now();
+  try {
+    peers_ = std::make_shared<Peers>(store->clone(), rank, global_ranks_, settings.timeout);
+  } catch (const c10::Error& error) {
+    C10_THROW_ERROR(
+        DistBackendError,
+        c10::str("rank ", global_ranks_.at(rank), " of group ", settings.group, ": a member of ",
+                 ranks_text(global_ranks_), " did not come to open the group within ",
+                 settings.timeout.count() / 1000.0, " s: ", error.what_without_backtrace()));
+  }
+  executor_ = std::make_unique<Executor>(settings.group, global_ranks_.at(rank), peers_);
+  if (size > 1) {
+    check_first_group(global_ranks_, settings.group);
+    options_->timeout = settings.timeout - std::chrono::duration_cast<milliseconds>(Clock::now() - started);
+    connect(store);
+    options_->timeout = settings.timeout;
+  }
+  std::lock_guard<std::mutex> guard(groups().lock);
+  groups().live.insert(this);
+  groups().executors.insert(executor_.get());
+}
+
+// Communicators are made by a thread that can be left behind: inside, oneCCL spins until its peers answer,
+// and no deadline reaches there.
+void CclBackend::connect(const c10::intrusive_ptr<c10d::Store>& store) {
+  const Clock::time_point deadline = Clock::now() + options_->timeout;
+  {
+    // Other groups' operations make progress only while nobody holds the library.
+    std::lock_guard<std::mutex> guard(groups().lock);
+    for (Executor* executor : groups().executors) {
+      executor->drain(deadline);
+    }
+  }
+  auto made = std::make_shared<std::promise<ccl::communicator>>();
+  std::future<ccl::communicator> result = made->get_future();
+  std::thread([made, store, deadline, rank = rank_, size = size_] {
+    std::lock_guard<std::mutex> library(library_lock());
+    try {
+      ccl::init();
+      auto kvs = std::make_shared<StoreKvs>(
+          c10::make_intrusive<c10d::PrefixStore>("kvs", store->clone()), deadline);
+      made->set_value(ccl::create_communicator(size, rank, std::shared_ptr<ccl::kvs_interface>(kvs)));
+    } catch (...) {
+      made->set_exception(std::current_exception());
+    }
+  }).detach();
+  std::string reason;
+  if (result.wait_until(deadline + std::chrono::seconds(1)) != std::future_status::ready) {
+    reason = "oneCCL could not reach all members: check FI_TCP_IFACE and firewalls between the hosts";
+  } else {
+    try {
+      communicator_ = std::make_unique<ccl::communicator>(result.get());
+      return;
+    } catch (const c10::Error& error) {
+      reason = error.what_without_backtrace();
+    } catch (const std::exception& error) {
+      reason = error.what();
+    }
+  }
+  const std::string text = "rank " + std::to_string(global_ranks_[rank_]) + ", opening a ccl group of ranks " +
+      ranks_text(global_ranks_) + ": " + reason;
+  poison(text);
+  C10_THROW_ERROR(DistBackendError, text);
+}
+
+CclBackend::~CclBackend() {
+  shutdown();
+  std::lock_guard<std::mutex> guard(groups().lock);
+  groups().live.erase(this);
+}
+
+void CclBackend::shutdown() {
+  if (!executor_) {
+    return;
+  }
+  {
+    std::lock_guard<std::mutex> guard(groups().lock);
+    groups().executors.erase(executor_.get());
+  }
+  const bool broken = !executor_->broken().empty();
+  const bool ended = executor_->close(broken ? milliseconds(0) : options_->timeout);
+  if (poisoned() || !ended) {
+    (void)communicator_.release();  // its destructor would wait for a peer
+    if (!ended) {
+      (void)executor_.release();
+    }
+  } else if (communicator_) {
+    std::lock_guard<std::mutex> library(library_lock());
+    communicator_.reset();
+  }
+  std::lock_guard<std::mutex> guard(inner_lock_);
+  inner_.reset();
+}
+
+void CclBackend::abort() {
+  poison("abort() was called");
+  shutdown();
+}
+
+void close_all_groups(milliseconds patience) {
+  std::set<CclBackend*> live;
+  {
+    std::lock_guard<std::mutex> guard(groups().lock);
+    live = groups().live;
+  }
+  for (CclBackend* group : live) {
+    group->setTimeout(patience);
+    group->shutdown();
+  }
+}
+
+c10d::ErrorType CclBackend::getError() {
+  return executor_->broken().empty() ? c10d::ErrorType::SUCCESS : c10d::ErrorType::COMM_ERROR;
+}
+
+WorkPtr CclBackend::allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) {
+  single(tensors, "all_reduce");
+  const auto op = options.reduceOp.op_;
+  const bool bitwise = op == c10d::ReduceOp::BAND || op == c10d::ReduceOp::BOR || op == c10d::ReduceOp::BXOR;
+  if (bitwise && tensors[0].scalar_type() != at::kBool) {
+    return inner().allreduce(tensors, options);
+  }
+  return allreduce_all(tensors, options, c10d::OpType::ALLREDUCE);
+}
+
+WorkPtr CclBackend::allreduce_coalesced(Tensors& tensors, const c10d::AllreduceCoalescedOptions& options) {
+  return allreduce_all(tensors, options, c10d::OpType::ALLREDUCE_COALESCED);
+}
+
+WorkPtr CclBackend::allreduce_sparse(Tensors& tensors, const c10d::AllreduceOptions& options) {
+  // torch hands sparse tensors over here without a check of its own; gloo makes them dense or refuses.
+  return inner().allreduce(tensors, options);
+}
+
+WorkPtr CclBackend::allreduce_all(
+    Tensors& tensors,
+    const c10d::AllreduceOptions& options,
+    c10d::OpType type) {
+  TaskBuilder builder(*this, type, "all_reduce", options.timeout);
+  struct Part {
+    at::Tensor memory;
+    Reduction reduction;
+  };
+  std::vector<Part> parts;
+  int64_t total = 0;
+  for (const at::Tensor& tensor : tensors) {
+    check_tensor(tensor, "all_reduce");
+    const bool additive = options.reduceOp.op_ == c10d::ReduceOp::SUM || options.reduceOp.op_ == c10d::ReduceOp::AVG;
+    const at::Tensor real = tensor.is_complex() && additive ? at::view_as_real(tensor) : tensor;
+    const Reduction reduction = reduction_of(options.reduceOp, real.scalar_type(), "all_reduce");
+    const at::Tensor memory = builder.in_place(real);
+    if (reduction.average) {
+      builder.average(memory);
+    }
+    if (memory.numel() > 0) {
+      parts.push_back({memory, reduction});
+    }
+    total += memory.numel();
+  }
+  if (!tensors.empty()) {
+    builder.describe(total, tensors[0].scalar_type(), reduction_name(options.reduceOp));
+  }
+  builder.outputs(tensors);
+  return builder.run(
+      [this, parts = std::move(parts)](Events& events) {
+        for (const Part& part : parts) {
+          if (communicator_) {
+            void* data = part.memory.data_ptr();
+            events.push_back(ccl::allreduce(
+                data, data, part.memory.numel(), part.reduction.dtype, part.reduction.operation, *communicator_));
+          }
+        }
+      },
+      options.asyncOp);
+}
+
+WorkPtr CclBackend::broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) {
+  const at::Tensor tensor = single(tensors, "broadcast");
+  TaskBuilder builder(*this, c10d::OpType::BROADCAST, "broadcast", options.timeout);
+  const bool root = options.rootRank == rank_;
+  const at::Tensor memory = root ? builder.readable(tensor) : builder.writable(tensor);
+  builder.describe_bytes(static_cast<int64_t>(memory.nbytes()), "root " + std::to_string(options.rootRank));
+  builder.outputs(tensors);
+  return builder.run(
+      [this, memory, from = static_cast<int>(options.rootRank)](Events& events) {
+        if (communicator_ && memory.nbytes() > 0) {
+          events.push_back(
+              ccl::broadcast(memory.data_ptr(), memory.nbytes(), ccl::datatype::uint8, from, *communicator_));
+        }
+      },
+      options.asyncOp);
+}
+
+WorkPtr CclBackend::reduce(Tensors& tensors, const c10d::ReduceOptions& options) {
+  const at::Tensor tensor = single(tensors, "reduce");
+  TaskBuilder builder(*this, c10d::OpType::REDUCE, "reduce", options.timeout);
+  const Reduction reduction = reduction_of(options.reduceOp, tensor.scalar_type(), "reduce");
+  const at::Tensor memory = builder.in_place(tensor);
+  const int root = static_cast<int>(options.rootRank);
+  if (reduction.average && root == rank_) {
+    builder.average(memory);
+  }
+  builder.describe(memory.numel(), tensor.scalar_type(), reduction_name(options.reduceOp));
+  builder.outputs(tensors);
+  return builder.run(
+      [this, memory, reduction, root](Events& events) {
+        if (communicator_ && memory.numel() > 0) {
+          void* data = memory.data_ptr();
+          events.push_back(ccl::reduce(
+              data, data, memory.numel(), reduction.dtype, reduction.operation, root, *communicator_));
+        }
+      },
+      options.asyncOp);
+}
+
+WorkPtr CclBackend::barrier(const c10d::BarrierOptions& options) {
+  TaskBuilder builder(*this, c10d::OpType::BARRIER, "barrier", options.timeout);
+  return builder.run(
+      [this](Events& events) {
+        if (communicator_) {
+          events.push_back(ccl::barrier(*communicator_));
+        }
+      },
+      options.asyncOp);
+}
+
+c10d::Backend& CclBackend::inner() {
+  std::lock_guard<std::mutex> guard(inner_lock_);
+  if (!inner_) {
+    inner_ = inner_factory_();
+  }
+  return *inner_;
+}
+
+WorkPtr CclBackend::send(Tensors& tensors, int to, int tag) {
+  return inner().send(tensors, to, tag);
+}
+
+WorkPtr CclBackend::recv(Tensors& tensors, int from, int tag) {
+  return inner().recv(tensors, from, tag);
+}
+
+WorkPtr CclBackend::recvAnysource(Tensors& tensors, int tag) {
+  return inner().recvAnysource(tensors, tag);
+}
+
+}  // namespace falcon

@@ -1,0 +1,47 @@
+// A page of shared memory on which the ranks of one host write which collective they are in.
+//
+// Writing costs a few stores, so it is always on: a rank sees at once that a neighbour called something
+// else, and a timeout can name who never came. Ranks of other hosts are seen through the store instead.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "signature.h"
+
+namespace falcon {
+
+class Board {
+ public:
+  // The first rank of a host makes the memory; others open it through /proc/PID/fd. Nothing is left behind
+  // in /dev/shm, whichever process dies. Throws std::system_error.
+  static Board create(int size);
+  static Board open(int pid, int descriptor, int size);
+
+  Board(Board&& other) noexcept;
+  Board(const Board&) = delete;
+  Board& operator=(const Board&) = delete;
+  Board& operator=(Board&&) = delete;
+  ~Board();
+
+  int descriptor() const { return descriptor_; }
+
+  void write(int rank, const Signature& signature);
+
+  // What `rank` wrote for operation `sequence`; nothing where it has not come or the entry was overwritten.
+  std::optional<Signature> read(int rank, uint64_t sequence) const;
+
+  // The newest operation `rank` has entered; 0 before the first.
+  uint64_t newest(int rank) const;
+
+ private:
+  struct Lane;
+
+  Board(int descriptor, int size);
+
+  int descriptor_;
+  int size_;
+  Lane* lanes_;
+};
+
+}  // namespace falcon

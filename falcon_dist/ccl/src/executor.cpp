@@ -1,0 +1,314 @@
+#include "executor.h"
+
+#include <ATen/ThreadLocalState.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/util/Exception.h>
+#include <dlfcn.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/prctl.h>
+
+#include <algorithm>
+
+namespace falcon {
+
+namespace {
+
+constexpr auto kLookEvery = milliseconds(20);     // liveness of neighbours and deadlines
+constexpr auto kTellAfter = std::chrono::seconds(1);  // when the store is told where this rank stands
+constexpr auto kDeathGrace = std::chrono::seconds(1);  // a peer may have finished its part and left
+
+std::string seconds_text(Clock::duration duration) {
+  std::ostringstream out;
+  out << std::chrono::duration<double>(duration).count();
+  return out.str();
+}
+
+// Between two looks at an unfinished operation. A look that took long has moved data, so the next one
+// follows at once; one that found nothing to do gives the core away, for longer the longer nothing happens:
+// the core may be needed by the very rank that is waited for.
+class Backoff {
+ public:
+  explicit Backoff(bool own_thread) : spin_(own_thread ? kSpinOwnThread : kSpinCaller) {}
+
+  void pause(Clock::duration look) {
+    if (look > kMovedData) {
+      idle_ = 0;
+      return;
+    }
+    ++idle_;
+    if (idle_ < spin_) {
+      __builtin_ia32_pause();
+    } else if (idle_ < 2 * spin_) {
+      sched_yield();
+    } else {
+      std::this_thread::sleep_for(std::chrono::microseconds(std::min(20 + (idle_ - 2 * spin_) / 4, 100)));
+    }
+  }
+
+ private:
+  static constexpr auto kMovedData = std::chrono::microseconds(4);
+  static constexpr int kSpinCaller = 2000;
+  static constexpr int kSpinOwnThread = 50;
+  const int spin_;
+  int idle_ = 0;
+};
+
+// The thread of a group does what little arithmetic it has (averages) alone: a second OpenMP team would
+// fight with the one that computes.
+void single_openmp_thread() {
+  using Set = void (*)(int);
+  if (const auto set = reinterpret_cast<Set>(dlsym(RTLD_DEFAULT, "omp_set_num_threads"))) {
+    set(1);
+  }
+}
+
+}  // namespace
+
+CclWork::CclWork(int rank, uint64_t sequence, const Task& task)
+    : Work(rank, task.type, task.signature.operation),
+      sequence_(sequence),
+      outputs_(task.outputs),
+      future_(c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()))) {}
+
+void CclWork::complete(std::exception_ptr error) {
+  if (error) {
+    future_->setError(error);
+  } else {
+    future_->markCompleted(c10::IValue(outputs_));
+  }
+  finish(error);
+}
+
+Executor::Executor(std::string group, int64_t rank, std::shared_ptr<Peers> peers)
+    : group_(std::move(group)), rank_(rank), peers_(std::move(peers)), watched_(group_) {}
+
+Executor::~Executor() {
+  close(milliseconds(0));
+}
+
+void Executor::check_open() const {
+  TORCH_CHECK_WITH(
+      DistBackendError, broken_.empty(), "group ", group_, " cannot be used any more: ", broken_);
+  TORCH_CHECK_WITH(DistBackendError, !closed_, "group ", group_, " has been destroyed");
+}
+
+c10::intrusive_ptr<c10d::Work> Executor::run(Task task, bool asynchronous) {
+  std::unique_lock<std::mutex> guard(mutex_);
+  check_open();
+  task.signature.sequence = ++sequence_;
+  auto work = c10::make_intrusive<CclWork>(static_cast<int>(rank_), sequence_, task);
+  if (asynchronous || running_ || !queue_.empty()) {
+    queue_.push_back({std::move(task), work});
+    if (!thread_.joinable()) {
+      thread_ = std::thread([this] { loop(); });
+    }
+    guard.unlock();
+    changed_.notify_all();
+    return work;
+  }
+  running_ = true;
+  guard.unlock();
+  std::exception_ptr error;
+  try {
+    execute(task, false);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  guard.lock();
+  running_ = false;
+  guard.unlock();
+  changed_.notify_all();
+  work->complete(error);
+  if (error) {
+    std::rethrow_exception(error);
+  }
+  return work;
+}
+
+void Executor::loop() {
+  pthread_setname_np(pthread_self(), "falcon-ccl");
+  prctl(PR_SET_TIMERSLACK, 1000UL);  // short sleeps end on time
+  single_openmp_thread();
+  std::unique_lock<std::mutex> guard(mutex_);
+  for (;;) {
+    changed_.wait(guard, [this] { return closed_ || (!running_ && !queue_.empty()); });
+    if (queue_.empty()) {
+      return;
+    }
+    if (running_) {
+      continue;
+    }
+    Queued next = std::move(queue_.front());
+    queue_.pop_front();
+    running_ = true;
+    std::string broken = broken_;
+    guard.unlock();
+    std::exception_ptr error;
+    try {
+      TORCH_CHECK_WITH(
+          DistBackendError, broken.empty(), "group ", group_, " cannot be used any more: ", broken);
+      execute(next.task, true);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    next.task = Task{};  // tensors are let go before anybody learns of the end
+    next.work->complete(error);
+    next.work.reset();
+    guard.lock();
+    running_ = false;
+    changed_.notify_all();
+  }
+}
+
+void Executor::execute(Task& task, bool own_thread) {
+  at::NoGradGuard no_grad;
+  const Signature mine = task.signature;
+  const Clock::time_point deadline = Clock::now() + task.timeout;
+  peers_->arrive(mine);
+  if (const auto other = peers_->disagreement(mine)) {
+    give_up(mine, "but " + *other);
+  }
+  watched_.begin(task.name, mine.sequence, deadline);
+  // Held by pointer: after a failure oneCCL may still write into the tensors, so they are never freed.
+  auto events = std::make_unique<Events>();
+  try {
+    {
+      std::lock_guard<std::mutex> library(library_lock());
+      task.submit(*events);
+    }
+    poll(*events, task, own_thread);
+    if (task.finish) {
+      task.finish();
+    }
+  } catch (const ccl::exception& error) {
+    watched_.end();
+    (void)events.release();
+    (void)new Task(std::move(task));
+    give_up(mine, std::string("oneCCL reported: ") + error.what());
+  } catch (...) {
+    watched_.end();
+    (void)events.release();
+    (void)new Task(std::move(task));
+    throw;
+  }
+  watched_.end();
+}
+
+void Executor::poll(Events& events, const Task& task, bool own_thread) {
+  Backoff backoff(own_thread);
+  const Clock::time_point started = Clock::now();
+  Clock::time_point before = started;
+  next_look_ = started + kLookEvery;
+  while (!events.empty()) {
+    {
+      std::lock_guard<std::mutex> library(library_lock());
+      while (!events.empty() && events.back().test()) {
+        events.pop_back();
+      }
+    }
+    const Clock::time_point now = Clock::now();
+    if (now >= next_look_ && !events.empty()) {
+      next_look_ = now + kLookEvery;
+      look_around(task.signature, started, started + task.timeout);
+    }
+    backoff.pause(now - before);
+    before = Clock::now();
+  }
+}
+
+void Executor::look_around(const Signature& mine, Clock::time_point started, Clock::time_point deadline) {
+  const Clock::time_point now = Clock::now();
+  const Clock::duration waited = now - started;
+  if (const auto other = peers_->disagreement(mine)) {
+    give_up(mine, "but " + *other);
+  }
+  if (const auto gone = peers_->dead(); gone && waited > kDeathGrace) {
+    give_up(mine, "the process of " + *gone + " has ended");
+  }
+  if (now >= deadline) {
+    give_up_late(mine, waited);
+  }
+  if (waited > kTellAfter) {
+    if (const auto failure = peers_->remote_failure()) {
+      give_up(mine, "another rank gave up first: " + *failure);
+    }
+    if (const auto other = peers_->remote_disagreement(mine)) {
+      give_up(mine, "but " + *other);
+    }
+    // Every second a cheap question, and the whole picture once a quarter of the time is gone.
+    const bool second = waited % std::chrono::seconds(1) < 2 * kLookEvery;
+    if (second && !peers_->looking()) {
+      peers_->look(mine, waited > (deadline - started) / 4 ? Peers::Ask::kEverybody : Peers::Ask::kFailureOnly);
+    }
+  }
+}
+
+void Executor::give_up_late(const Signature& mine, Clock::duration waited) {
+  peers_->look(mine, Peers::Ask::kEverybody);
+  for (int tick = 0; peers_->looking() && tick < 100; ++tick) {
+    std::this_thread::sleep_for(milliseconds(20));
+  }
+  if (const auto other = peers_->remote_disagreement(mine)) {
+    give_up(mine, "but " + *other);
+  }
+  const std::string absent = peers_->absent(mine);
+  const std::string store = peers_->looking() ? "; the rendezvous store does not answer" : "";
+  give_up(
+      mine,
+      "not finished within " + seconds_text(waited) + " s, " +
+          (absent.empty() ? "though every rank has come: the network between them is blocked or too slow"
+                          : "because these have not come: " + absent) +
+          store);
+}
+
+void Executor::give_up(const Signature& mine, const std::string& reason) {
+  std::string text = "rank " + std::to_string(rank_) + " of group " + group_ + ", " + mine.text() + ": " + reason;
+  watched_.end();
+  {
+    std::lock_guard<std::mutex> guard(mutex_);
+    if (broken_.empty()) {
+      broken_ = text;
+    }
+  }
+  poison(text);
+  peers_->tell_failure(text);
+  C10_THROW_ERROR(DistBackendError, text);
+}
+
+bool Executor::drain(Clock::time_point deadline) {
+  std::unique_lock<std::mutex> guard(mutex_);
+  return changed_.wait_until(guard, deadline, [this] { return !running_ && queue_.empty(); });
+}
+
+bool Executor::close(milliseconds patience) {
+  const bool drained = drain(Clock::now() + patience);
+  std::thread thread;
+  {
+    std::lock_guard<std::mutex> guard(mutex_);
+    closed_ = true;
+    thread.swap(thread_);
+  }
+  changed_.notify_all();
+  if (thread.joinable()) {
+    if (drained) {
+      thread.join();
+    } else {
+      poison("group " + group_ + " was destroyed while an operation was running");
+      thread.detach();
+    }
+  }
+  return drained;
+}
+
+std::string Executor::broken() const {
+  std::lock_guard<std::mutex> guard(mutex_);
+  return broken_;
+}
+
+uint64_t Executor::sequence() const {
+  std::lock_guard<std::mutex> guard(mutex_);
+  return sequence_;
+}
+
+}  // namespace falcon

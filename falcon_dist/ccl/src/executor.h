@@ -1,0 +1,109 @@
+// Runs the operations of one group, one after the other in the order in which they were issued.
+#pragma once
+
+#include <torch/csrc/distributed/c10d/Work.hpp>
+
+#include <oneapi/ccl.hpp>
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "library.h"
+#include "peers.h"
+#include "signature.h"
+
+namespace falcon {
+
+using Events = std::vector<ccl::event>;
+
+// One operation. `submit` hands it to oneCCL (under the library lock), `finish` runs when the data is there.
+struct Task {
+  c10d::OpType type;
+  const char* name = "";               // "all_reduce", a literal
+  Signature signature;
+  std::function<void(Events&)> submit;
+  std::function<void()> finish;        // may be empty
+  std::vector<at::Tensor> outputs;     // the value of the work's future
+  std::vector<at::Tensor> kept;        // memory that has to live until the end
+  milliseconds timeout{0};
+};
+
+class CclWork final : public c10d::Work {
+ public:
+  CclWork(int rank, uint64_t sequence, const Task& task);
+
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override { return future_; }
+  std::vector<at::Tensor> result() override { return outputs_; }
+  uint64_t getSequencenumber() const override { return sequence_; }
+  void abort() override {}
+
+  void complete(std::exception_ptr error);
+
+ private:
+  const uint64_t sequence_;
+  std::vector<at::Tensor> outputs_;
+  const c10::intrusive_ptr<c10::ivalue::Future> future_;
+};
+
+class Executor {
+ public:
+  // `group` names the group in errors, `rank` is this process's global rank.
+  Executor(std::string group, int64_t rank, std::shared_ptr<Peers> peers);
+  ~Executor();
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
+
+  // A synchronous task runs on the caller when nothing is queued, which is the shortest way; everything else
+  // runs on this group's own thread. Throws c10::DistBackendError when a synchronous task fails, and
+  // at once when an earlier operation of the group had failed.
+  c10::intrusive_ptr<c10d::Work> run(Task task, bool asynchronous);
+
+  // Waits until nothing is queued or running. False when that did not come true by the deadline.
+  bool drain(Clock::time_point deadline);
+
+  // No operation is accepted any more. True when the thread has ended; otherwise it still runs in this
+  // object, which must then never be destroyed.
+  bool close(milliseconds patience);
+
+  // The error that broke this group; empty while it is whole.
+  std::string broken() const;
+
+  uint64_t sequence() const;
+
+ private:
+  struct Queued {
+    Task task;
+    c10::intrusive_ptr<CclWork> work;
+  };
+
+  void loop();
+  void execute(Task& task, bool own_thread);
+  void poll(Events& events, const Task& task, bool own_thread);
+  void look_around(const Signature& mine, Clock::time_point started, Clock::time_point deadline);
+  [[noreturn]] void give_up(const Signature& mine, const std::string& reason);
+  [[noreturn]] void give_up_late(const Signature& mine, Clock::duration waited);
+  void check_open() const;
+
+  const std::string group_;
+  const int64_t rank_;
+  const std::shared_ptr<Peers> peers_;
+  Watched watched_;
+
+  mutable std::mutex mutex_;  // guards what follows
+  std::condition_variable changed_;
+  std::deque<Queued> queue_;
+  bool running_ = false;      // an operation is being executed, here or on the thread
+  bool closed_ = false;
+  uint64_t sequence_ = 0;
+  std::string broken_;
+  std::thread thread_;
+
+  Clock::time_point next_look_;
+};
+
+}  // namespace falcon
