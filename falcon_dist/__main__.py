@@ -56,7 +56,7 @@ def _run(verb: str, words: list[str]) -> int:
         return 0
     from falcon_dist.train import train
 
-    result = train(config, folder, resume=args.resume)
+    result = train(config, folder, resume=args.resume).result
     if contract.RANK_DIR in os.environ:
         result.write(Path(os.environ[contract.RANK_DIR]))
     return 0

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,14 @@ BASE_FILE: Final = "base.json"
 """What was measured before training, so that a resumed run need not measure it again."""
 
 
-def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, str] = os.environ) -> RankResult:
+class Trained(NamedTuple):
+    """What is left when training is over."""
+
+    result: RankResult
+    model: PreTrainedModel
+
+
+def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, str] = os.environ) -> Trained:
     """Runs this rank from start to end.
 
     Args:
@@ -86,7 +93,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
         return _train_in_group(run, seen, resume=resume)
 
 
-def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> RankResult:
+def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Trained:
     with run.reporter.phase("load"):
         tokenizer = load_tokenizer(run.prepared.model, run.config.model)
         model = load_model(run.prepared.model, run.config.model, run.config.precision)
@@ -97,7 +104,7 @@ def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> RankR
     after = _measure(run, model, tokenizer, "evaluate tuned")
     lines = closing_lines(run, before, after, saved)
     run.reporter.summary(lines)
-    return RankResult(
+    result = RankResult(
         status="ok",
         observed_cpus=seen.cpus,
         observed_threads=seen.threads,
@@ -106,6 +113,7 @@ def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> RankR
         peak_rss_bytes=affinity.peak_rss_bytes(),
         summary={"phases_s": run.reporter.phases, "base": before, "tuned": after},
     )
+    return Trained(result, model)
 
 
 def _fit(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def test_committed_folder_verifies_and_tells_its_run(tmp_path: Path) -> None:
         "model.safetensors",
         "train_state/counters.json",
     }
-    assert os.listdir(tmp_path) == ["step-000500"]
+    assert names(tmp_path) == ["step-000500"]
 
 
 def test_interrupted_save_leaves_the_older_one_alone(tmp_path: Path) -> None:
@@ -38,7 +37,7 @@ def test_interrupted_save_leaves_the_older_one_alone(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), checkpoint.committed(tmp_path, 2, {}) as folder:
         (folder / "half").write_text("x")
         raise KeyboardInterrupt
-    assert os.listdir(tmp_path) == ["step-000001"]
+    assert names(tmp_path) == ["step-000001"]
 
 
 def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
@@ -47,7 +46,11 @@ def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
         with checkpoint.committed(tmp_path, 2, {}), Path("/dev/full").open("w") as file:
             file.write("x" * 100_000)
     assert checkpoint.newest_verified(tmp_path).newest.step == 1
-    assert os.listdir(tmp_path) == ["step-000001"]
+    assert names(tmp_path) == ["step-000001"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def flip_bit(path: Path) -> None:
@@ -89,4 +92,4 @@ def test_partial_folders_are_never_chosen_and_are_cleared(tmp_path: Path) -> Non
     (tmp_path / "step-000009.partial-1").mkdir()
     assert checkpoint.newest_verified(tmp_path) == checkpoint.Choice(None, ())
     checkpoint.clear_partial(tmp_path)
-    assert not os.listdir(tmp_path)
+    assert not names(tmp_path)

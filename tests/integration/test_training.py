@@ -1,0 +1,223 @@
+"""The main job with small models: real ranks, real checkpoints, read by plain transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launching import (
+    BIN,
+    environment,
+    launch,
+    only_run,
+    run_python,
+    step_records,
+    weights_digest,
+    write_inputs,
+)
+
+from falcon_dist import checkpoint
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One undisturbed run on two ranks, looked at by several tests."""
+    folder = tmp_path_factory.mktemp("two")
+    recipe = write_inputs(folder)
+    return folder, launch(folder, "--nproc-per-node", "2", "--recipe", str(recipe), "--run-id", "whole")
+
+
+def test_run_ends_well_and_tells_what_it_did(two_ranks) -> None:
+    folder, done = two_ranks
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in (
+        "batch: 1 rows x 2 accumulated x 2 ranks = 4 rows a step; 8 steps = 32 rows",
+        "memory per rank:",
+        "held-out, base:",
+        "held-out, tuned:",
+        "prompt: What is a socket?",
+        "falcon chat ",
+    ):
+        assert text in done.stdout
+    report = json.loads((only_run(folder) / "report.json").read_text())
+    assert report["exit_code"] == 0
+
+
+def test_every_rank_saw_its_own_rows_and_loss_fell(two_ranks) -> None:
+    steps = step_records(only_run(two_ranks[0]))
+    assert sorted(steps) == list(range(1, 9))
+    rows = [row for step in steps.values() for row in step["rows"]]
+    assert len(rows) == 32
+    assert len({*rows}) == len(rows)
+    assert steps[8]["loss"] < steps[1]["loss"]
+
+
+def test_checkpoints_are_sharded_and_load_in_plain_transformers(two_ranks) -> None:
+    run = only_run(two_ranks[0])
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step-000002", "step-000004", "step-000006", "step-000008"]
+    last = run / "checkpoints" / "step-000008"
+    assert len(list(last.glob("model-0000*.safetensors"))) >= 2
+    assert (last / "model.safetensors.index.json").is_file()
+    assert not [p for p in last.rglob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;"
+        "m = M.from_pretrained(sys.argv[1]); t = T.from_pretrained(sys.argv[1]);"
+        "assert 'falcon_dist' not in sys.modules; print(m.dtype, len(t))"
+    )
+    assert run_python(two_ranks[0], code, str(last)).stdout.startswith("torch.bfloat16")
+
+
+TRAIN_AND_KEEP_LOGITS = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from falcon_dist.__main__ import read_config
+from falcon_dist.train import train
+config = Path(sys.argv[1])
+trained = train(read_config(config), config.parent, resume=False, env={})
+with torch.no_grad():
+    logits = trained.model.eval()(input_ids=torch.arange(40)[None], use_cache=False).logits
+save_file({"logits": logits.float()}, sys.argv[2])
+"""
+LOAD_PLAIN = """
+import sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=sys.argv[3])
+with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=sys.argv[4] == "bf16-autocast"):
+    logits = model(input_ids=torch.arange(40)[None], use_cache=False).logits.float()
+assert "falcon_dist" not in sys.modules
+assert torch.equal(logits, load_file(sys.argv[2])["logits"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", "bfloat16"), ("bf16-autocast", "float32"), ("fp32", "float32")]
+)
+def test_checkpoint_gives_the_logits_of_the_trained_model(tmp_path: Path, precision: str, dtype: str) -> None:
+    """Bit for bit, in a process without this package, for every precision."""
+    recipe = write_inputs(tmp_path)
+    recipe.write_text(f'precision = "{precision}"\n' + recipe.read_text())
+    run = tmp_path / "run"
+    plan = launch(tmp_path, "--recipe", str(recipe), "--run-id", "x", "--set", "loop.max_steps=3")
+    assert plan.returncode == 0, plan.stderr
+    run.mkdir()
+    for name in ("config.json", "prepared.json"):
+        (run / name).write_text((tmp_path / "runs" / "x" / name).read_text())
+    run_python(tmp_path, TRAIN_AND_KEEP_LOGITS, str(run / "config.json"), str(tmp_path / "logits"))
+    last = str(run / "checkpoints" / "step-000003")
+    run_python(tmp_path, LOAD_PLAIN, last, str(tmp_path / "logits"), dtype, precision)
+
+
+def test_one_rank_and_two_ranks_train_the_same_rows(two_ranks, tmp_path: Path) -> None:
+    recipe = write_inputs(tmp_path)
+    done = launch(tmp_path, "--nproc-per-node", "1", "--recipe", str(recipe))
+    assert done.returncode == 0, done.stderr
+    alone, together = step_records(only_run(tmp_path)), step_records(only_run(two_ranks[0]))
+    for step in range(1, 9):
+        assert sorted(alone[step]["rows"]) == sorted(together[step]["rows"])
+        assert alone[step]["loss"] == pytest.approx(together[step]["loss"], rel=0.01)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    file = run / "attempt_1" / "rank_0000" / "steps.jsonl"
+    deadline = time.monotonic() + 120
+    while not file.is_file() or len(file.read_text().splitlines()) < step:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.005)
+
+
+def processes_of(run: Path) -> list[int]:
+    """Pids whose environment or command line names this run's folder."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal() or int(folder.name) == os.getpid():
+            continue
+        try:
+            if str(run).encode() in (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_killed_at_a_random_step_and_resumed_has_the_same_weights(two_ranks, tmp_path: Path) -> None:
+    recipe = write_inputs(tmp_path)
+    words = [BIN / "falcon-launch", "--nproc-per-node", "2", "--recipe", recipe, "--run-id", "killed"]
+    run = tmp_path / "runs" / "killed"
+    step = random.randint(2, 6)
+    with subprocess.Popen(words, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.DEVNULL) as process:
+        wait_for_step(run, step, process)
+        for pid in [*processes_of(run), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    resumed = launch(tmp_path, "--nproc-per-node", "2", "--resume", "killed")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "resuming from" in resumed.stdout
+    whole = only_run(two_ranks[0]) / "checkpoints" / "step-000008"
+    assert weights_digest(run / "checkpoints" / "step-000008") == weights_digest(whole)
+    assert len(weights_digest(whole)) >= 3
+    assert "held-out, base:" in resumed.stdout
+
+
+def test_corrupted_newest_checkpoint_is_refused_and_the_one_before_is_taken(two_ranks, tmp_path: Path) -> None:
+    recipe = write_inputs(tmp_path)
+    first = launch(tmp_path, "--nproc-per-node", "2", "--recipe", str(recipe), "--run-id", "r")
+    assert first.returncode == 0, first.stderr
+    last = tmp_path / "runs" / "r" / "checkpoints" / "step-000008"
+    digests = weights_digest(last)
+    shard = sorted(last.glob("model-*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    again = launch(tmp_path, "--nproc-per-node", "2", "--resume", "r")
+    assert again.returncode == 0, again.stderr
+    assert f"refused {last}: {shard.name} is not what was written (sha256 differs)" in again.stdout
+    assert "step-000006" in again.stdout
+    assert checkpoint.fault_of(last) is None
+    assert weights_digest(last) == digests
+
+
+def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
+    recipe = write_inputs(tmp_path)
+    assert launch(tmp_path, "--recipe", str(recipe), "--run-id", "r", "--set", "loop.max_steps=4").returncode == 0
+    done = launch(tmp_path, "--resume", "r", "--set", "seed=1")
+    assert done.returncode == 2
+    assert '--resume: seed was "0" when step-000004 was saved and is "1" now' in done.stderr
+
+
+def test_no_checkpoint_that_can_be_trusted_is_an_error(tmp_path: Path) -> None:
+    recipe = write_inputs(tmp_path)
+    flags = ["--set", "loop.max_steps=2"]
+    assert launch(tmp_path, "--recipe", str(recipe), "--run-id", "r", *flags).returncode == 0
+    (tmp_path / "runs" / "r" / "checkpoints" / "step-000002" / "manifest.json").unlink()
+    done = launch(tmp_path, "--resume", "r")
+    assert done.returncode == 2
+    assert "--resume: no checkpoint in" in done.stderr
+    assert "can be trusted" in done.stderr
+
+
+def test_chat_streams_ends_at_stop_and_works_piped(two_ranks) -> None:
+    folder = two_ranks[0]
+    last = only_run(folder) / "checkpoints" / "step-000008"
+    done = launch(
+        folder,
+        *("chat", str(last), "--max_length", "5", "--top-k", "1"),
+        command="falcon",
+        input="What is a socket?\n\nWhy pin cores?\nstop\nnever reached\n",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" tokens/s]") == 2
+    missing = launch(folder, "chat", "nowhere", command="falcon")
+    assert missing.returncode == 2
+    assert 'falcon chat: no such folder: "nowhere"' in missing.stderr
