@@ -28,7 +28,7 @@ from typing import Any, Final
 
 from falcon_dist.contract import RankResult
 from launcher import bind, sysfs
-from launcher.child import Child, Order, kill_and_reap
+from launcher.child import Child, Order
 from launcher.errors import LaunchError, UserError
 from launcher.plan import RANK_EVENT_FD, RANK_STORE_FD, NodePlan, RankPlan, TaskPlan
 from launcher.transport import Lines
@@ -243,14 +243,7 @@ class Agent:
     def _end_all(self) -> None:
         for child in self._children.values():
             child.signal_group(signal.SIGKILL)
-        for pid in self._children:
-            kill_and_reap(pid)
-        for _ in range(100):  # what ranks started outside their group has become ours
-            orphans = bind.children()
-            if not orphans:
-                return
-            for pid in orphans:
-                kill_and_reap(pid)
+        bind.end_orphans()  # its own children, and what they started outside their group
 
 
 def reserve(number: int) -> None:

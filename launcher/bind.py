@@ -8,7 +8,7 @@ import errno
 import os
 import platform
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -95,8 +95,17 @@ def observed_cpus(pid: int) -> str | None:
     return next((value.strip() for name, _, value in rows if name == "Cpus_allowed_list"), None)
 
 
-def children() -> list[int]:
-    """Process ids of this process's children, adopted ones included; empty where the kernel does not list them."""
+def end_orphans(keep: Collection[int] = ()) -> None:
+    """Kills what this process has adopted: all its children but ``keep``, until no more come up."""
+    while orphans := [pid for pid in _children() if pid not in keep]:
+        for pid in orphans:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def _children() -> list[int]:
+    """Process ids of this process's children; empty where the kernel does not list them."""
     try:
         text = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
     except OSError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -125,10 +124,3 @@ def _empty_file(folder: Path, name: str) -> Tail:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     (folder / name).touch(mode=0o600)
     return Tail(folder / name)
-
-
-def kill_and_reap(pid: int) -> None:
-    """Ends a process that became this one's child; it may be gone already."""
-    with contextlib.suppress(ProcessLookupError, ChildProcessError):
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -154,11 +155,10 @@ def _indented(tail: Sequence[str], code: int | None) -> list[str]:
 
 
 def _others(report: RunReport) -> str:
-    counts: dict[str, int] = {}
-    for rank in report.ranks:
-        if rank is not report.failed_rank and (rank.observed_cpus or not rank.ok):
-            counts[how_ended(rank)] = counts.get(how_ended(rank), 0) + 1
-    return "other ranks: " + ", ".join(f"{n} {how}" for how, n in counts.items()) if counts else ""
+    started = [r for r in report.ranks if r is not report.failed_rank and r.observed_cpus]
+    counts = Counter(how_ended(rank) for rank in started)
+    who = "other ranks" if report.failed_rank else "ranks"
+    return f"{who}: " + ", ".join(f"{n} {how}" for how, n in counts.items()) if counts else ""
 
 
 def how_ended(rank: RankOutcome) -> str:

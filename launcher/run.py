@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from launcher import supervise
+from launcher import bind, supervise
 from launcher.console import Console
 from launcher.discover import Agents
 from launcher.errors import LaunchError
@@ -37,6 +37,7 @@ class Run:
 
     def until_done(self) -> RunReport:
         """Runs the attempt to its end, whatever that is; signals to this process stop it in good order."""
+        bind.adopt_orphans()
         with _signals() as woken_by:
             self._listen(woken_by, lambda: self._on_signal(woken_by))
             for node_rank in self._channels:
@@ -46,6 +47,8 @@ class Run:
                 self._channels[node.node_rank].send("prepare", plan=node.to_json())
             while self._state.phase != "done":
                 self._turn()
+        # Where an agent was killed its ranks died with it, and what those had started has come to this process.
+        bind.end_orphans(keep={channel.pid for channel in self._channels.values()})
         self._selector.close()
         self._console.end_progress()
         return self._record.report(self._state.cause, time.monotonic())

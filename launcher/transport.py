@@ -47,6 +47,11 @@ class Channel:
         self._output = process.stdout
         self._lines = Lines(process.stdout.fileno())
 
+    @property
+    def pid(self) -> int:
+        """The process on this machine: the agent, or what reaches it."""
+        return self._process.pid
+
     def fileno(self) -> int:
         """Descriptor that is readable when events are there."""
         return self._output.fileno()

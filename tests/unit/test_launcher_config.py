@@ -1,0 +1,123 @@
+import json
+
+import pytest
+
+from falcon_dist.config import Value
+from launcher import cli, config
+from launcher.config import Flags, Program
+from launcher.errors import UserError
+
+
+def recipe(folder, text):
+    path = folder / "r.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_over_recipe_over_defaults(tmp_path):
+    path = recipe(tmp_path, "[launch]\nnproc_per_node = 4\nbackend = 'gloo'\n[optim]\nlr = 1e-3\neps = 1e-6\n")
+    flags = Flags(recipe=path, launch={"nproc_per_node": Value(2, "--nproc-per-node")}, sets=("optim.lr=2e-5",))
+    loaded = config.load(flags)
+    assert (loaded.launch.nproc_per_node, loaded.launch.backend, loaded.launch.runs_dir) == (2, "gloo", "runs")
+    assert (loaded.train.optim.lr, loaded.train.optim.eps, loaded.train.optim.beta1) == (2e-5, 1e-6, 0.9)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in config.RECIPES.glob("*.toml")))
+def test_every_recipe_loads(name):
+    config.load(Flags(recipe=name))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (Flags(sets=("optim.leaning_rate=1",)), ["--set", "optim.leaning_rate"]),
+        (Flags(sets=("optim.wram_steps=1",)), ["did you mean", "optim.warmup_steps"]),
+        (Flags(sets=("optim.lr=fast",)), ["--set", "optim.lr must be a number", '"fast"']),
+        (Flags(sets=("optim.lr",)), ["section.key=value"]),
+        (Flags(recipe="dmeo"), ['"dmeo"', "demo"]),
+        (Flags(recipe="none/such.toml"), ["no such recipe", "none/such.toml"]),
+        (Flags(resume="gone"), ["--resume", '"gone"']),
+        (Flags(env_file="none.env"), ["--env-file", '"none.env"']),
+        (Flags(launch={"backend": Value("nccl", "--backend")}), ["--backend", '"gloo"', '"nccl"']),
+        (Flags(launch={"nproc_per_node": Value(0, "--nproc-per-node")}), ["--nproc-per-node", '"0"']),
+        (Flags(launch={"nproc_per_node": Value("two", "--nproc-per-node")}), ["whole number", '"two"']),
+        (Flags(launch={"run_id": Value("../x", "--run-id")}), ["--run-id", '"../x"']),
+    ],
+)
+def test_a_fault_is_one_line_that_names_place_and_value(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as fault:
+        config.load(flags)
+    assert all(word in str(fault.value) for word in words), str(fault.value)
+    assert "\n" not in str(fault.value)
+
+
+def test_a_faulty_recipe_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"r\.toml: not TOML"):
+        config.load(Flags(recipe=recipe(tmp_path, "[optim\n")))
+    with pytest.raises(UserError, match=r'r\.toml: unknown key "optim\.lrr"'):
+        config.load(Flags(recipe=recipe(tmp_path, "[optim]\nlrr = 1\n")))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", 3), ("2e-5", 2e-5), ("true", True), ("./a b.jsonl", "./a b.jsonl"), ('["x"]', ["x"]), ("1\nb=2", "1\nb=2")],
+)
+def test_values_of_set(text, value):
+    assert config.parse_value(text) == value
+
+
+def test_env_file_and_flags_join_in_order(tmp_path):
+    (tmp_path / "env").write_text("# comment\n\nexport A='1 2'\nB=x=y\n")
+    loaded = config.load(Flags(env_file=str(tmp_path / "env"), env=("A=3", "C")))
+    assert loaded.launch.env == ("A=1 2", "B=x=y", "A=3", "C")
+    (tmp_path / "env").write_text("A=1\nnonsense\n")
+    with pytest.raises(UserError, match=r"env:2: not of the form"):
+        config.load(Flags(env_file=str(tmp_path / "env")))
+
+
+def test_a_secret_is_kept_by_name_only():
+    loaded = config.load(Flags(env=("HF_TOKEN=abc", "A=b", "http_proxy=http://me:pw@host")))
+    assert loaded.to_json()["launch"]["env"] == ["HF_TOKEN", "A=b", "http_proxy"]
+
+
+def test_resume_takes_the_runs_own_configuration(tmp_path):
+    first = config.load(Flags(sets=("optim.lr=0.5", "seed=7"), launch={"nproc_per_node": Value(3, "--n")}))
+    folder = tmp_path / "one"
+    (folder / "checkpoints" / "step-000001").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(first.to_json()))
+    runs = {"runs_dir": Value(str(tmp_path), "--runs-dir")}
+    for wanted in ("one", str(folder), "auto"):
+        again = config.load(Flags(resume=wanted, launch=runs, sets=("seed=8",)))
+        assert (again.train.optim.lr, again.train.seed, again.launch.nproc_per_node) == (0.5, 8, 3)
+        assert (again.resume_from, again.launch.run_id) == (str(folder), "one")
+
+
+def test_resume_auto_without_a_checkpoint_starts_fresh_and_says_so(tmp_path):
+    loaded = config.load(Flags(resume="auto", launch={"runs_dir": Value(str(tmp_path), "--runs-dir")}))
+    assert loaded.resume_from is None
+    assert "a new run starts" in loaded.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "program"),
+    [
+        ([], None),
+        (["--", "a.py", "--log", "x y", "--", "-m"], Program(module=False, argv=("a.py", "--log", "x y", "--", "-m"))),
+        (["-m", "mod", "--json"], Program(module=True, argv=("mod", "--json"))),
+        (["a.py", "--nproc_per_node", "9"], Program(module=False, argv=("a.py", "--nproc_per_node", "9"))),
+    ],
+)
+@pytest.mark.parametrize("flag", [["--nproc-per-node", "2"], ["--nproc_per_node=2"], ["--nprocs-per-node", "2"]])
+def test_a_programs_arguments_are_its_own(argv, program, flag):
+    order = cli.parse([*flag, "--dry-run", *argv])
+    assert order.flags.program == program
+    assert order.dry_run
+    assert not order.as_json
+    assert order.flags.launch["nproc_per_node"].value == 2
+
+
+@pytest.mark.parametrize("argv", [["--nproc", "2"], ["--recipe"], ["--"], ["-m"], ["--hostfile", "h"]])
+def test_a_command_line_that_makes_no_sense(argv):
+    with pytest.raises(UserError, match="see falcon-launch --help"):
+        cli.parse(argv)

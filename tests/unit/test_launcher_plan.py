@@ -1,0 +1,124 @@
+import json
+
+import pytest
+from topologies.trees import write_tree
+
+from launcher import environment, planner, render, sysfs
+from launcher.cluster import HostFacts, join
+from launcher.config import LaunchConfig, LaunchSettings, Program
+from launcher.errors import UserError
+from launcher.hostfile import this_machine
+from launcher.placement import place
+from launcher.plan import LaunchPlan, Site
+from launcher.redaction import REDACTED, is_secret, redact
+
+ENVIRON = {"PATH": "/bin", "HOME": "/h", "LC_ALL": "C", "HF_TOKEN": "hf_s3cret", "OMP_NUM_THREADS": "64", "X": "y"}
+SCRIPT = Program(module=False, argv=("my script.py", "--log", "a b"))
+
+
+@pytest.fixture
+def make_plan(tmp_path):
+    def make(program=SCRIPT, port=29511, versions=None, **launch) -> LaunchPlan:
+        topology = sysfs.read(write_tree(tmp_path, sockets=2))
+        cluster = join(this_machine(), [HostFacts(topology=topology, python="/py", versions=versions or {})])
+        config = LaunchConfig(launch=LaunchSettings(**launch), program=program)
+        site = Site(run_id="r", attempt=1, run_dir="/runs/r", cwd="/work")
+        return planner.build(config, cluster, place(cluster, None), site, ENVIRON, port=port)
+
+    return make
+
+
+def test_json_round_trip(make_plan):
+    for plan in (make_plan(), make_plan(program=None)):
+        assert LaunchPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_torchruns_names(make_plan):
+    env = make_plan().ranks[1].env
+    assert {name: env[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")} == {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("127.0.0.1", "29511")
+    assert env["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+
+
+def test_only_listed_names_reach_a_rank(make_plan):
+    env = make_plan(env=("X", "Y=z")).ranks[0].env
+    assert (env["PATH"], env["LC_ALL"], env["HF_TOKEN"], env["X"], env["Y"]) == ("/bin", "C", "hf_s3cret", "y", "z")
+    assert env["OMP_NUM_THREADS"] == "4"
+    assert "X" not in make_plan().ranks[0].env
+    assert environment.withheld(ENVIRON, ()) == ("OMP_NUM_THREADS",)
+    assert environment.withheld(ENVIRON, ("OMP_NUM_THREADS",)) == ()
+
+
+@pytest.mark.parametrize("asked", ["RANK=3", "NOT_SET_HERE"])
+def test_an_env_that_cannot_be_given(make_plan, asked):
+    with pytest.raises(UserError, match=asked.partition("=")[0]):
+        make_plan(env=(asked,))
+
+
+def test_our_program_is_handed_the_store_and_prepared(make_plan):
+    plan = make_plan(program=None, port=None)
+    assert [rank.takes_store for rank in plan.ranks] == [True, False]
+    assert "FALCON_STORE_FD" in plan.ranks[0].env
+    assert "FALCON_STORE_FD" not in plan.ranks[1].env
+    assert plan.ranks[0].env["MASTER_PORT"] == "<probed>"
+    assert plan.nodes[0].store is None
+    assert plan.nodes[0].prepare is not None
+    assert "RANK" not in plan.nodes[0].prepare.env
+    assert plan.ranks[0].argv[-2:] == ("--config", "/runs/r/config.json")
+
+
+def test_arguments_are_not_touched(make_plan):
+    assert make_plan().ranks[0].argv == ("/py", "my script.py", "--log", "a b")
+
+
+def test_secrets_are_struck_out(make_plan):
+    plan = make_plan(env=("API_KEY=k3y", "https_proxy=http://me:s3cret@proxy"))
+    for shown in (plan.redacted().to_json(), render.plan_json(plan), render.plan_text(plan, ["API_KEY"])):
+        text = json.dumps(shown)
+        assert "s3cret" not in text
+        assert "k3y" not in text
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "MY_SECRET", "DB_PASSWORD", "API_KEY", "WANDB_API_KEY"])
+def test_secret_names(name):
+    assert is_secret(name)
+    assert redact({name: "x"}) == {name: REDACTED}
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "PATH", "HOME", "KEYBOARD", "AUTHOR"])
+def test_names_of_no_secret(name):
+    assert not is_secret(name)
+
+
+def test_shape_of_the_json(make_plan):
+    shown = render.plan_json(make_plan())
+    assert list(shown) == ["nodes"]
+    assert list(shown["nodes"][0]) == ["host", "node_rank", "ranks"]
+    keys = ["rank", "local_rank", "cpus", "comm_cpus", "mem_nodes", "threads", "argv", "env"]
+    assert list(shown["nodes"][0]["ranks"][0]) == keys
+
+
+def test_text(make_plan):
+    assert render.plan_text(make_plan(port=None)).splitlines() == [
+        "host       rank  local_rank  cpus  numa  threads",
+        "localhost  0     0           0-3   0     4",
+        "localhost  1     1           4-7   1     4",
+        "",
+        "command     /py 'my script.py' --log 'a b'",
+        "rendezvous  127.0.0.1:<probed>, store kept by the agent of node 0",
+        "backend     gloo",
+        "env         OMP_NUM_THREADS=4 MKL_NUM_THREADS=4 GLOO_SOCKET_IFNAME=lo FALCON_BACKEND=gloo "
+        "HF_TOKEN='<redacted>' (rank 0; all of it: --dry-run --json)",
+        "run folder  /runs/r",
+    ]
+
+
+def test_backend_is_chosen_aloud(make_plan):
+    assert make_plan(program=None).backend == "gloo"
+    assert make_plan(program=None, versions={"oneccl": "2022.1"}).backend == "ccl"
+    assert make_plan(program=None, backend="ccl").backend == "ccl"
