@@ -28,7 +28,7 @@ from typing import Any, Final
 
 from falcon_dist.contract import RankResult
 from launcher import bind, sysfs
-from launcher.child import Child, Order
+from launcher.child import Child, rank_order, task_order
 from launcher.errors import LaunchError, UserError
 from launcher.plan import RANK_EVENT_FD, RANK_STORE_FD, NodePlan, RankPlan, TaskPlan
 from launcher.transport import Lines
@@ -84,6 +84,7 @@ class Agent:
                 self._obey(values.pop("command"), values)
             except (LaunchError, OSError) as fault:
                 self._emit("fault", text=str(fault))
+                self._leaving = True  # a node that cannot do its part has none
         self._leaving |= self._commands.ended
 
     def _on_wake(self) -> None:
@@ -116,7 +117,7 @@ class Agent:
         if plan.prepare is None:
             self._emit("prepared", code=0, signal=None)
         else:
-            self._adopt(Child(_task("prepare", plan, plan.prepare)))
+            self._adopt(Child(task_order("prepare", plan, plan.prepare)))
 
     def _start_ranks(self) -> None:
         plan = self._plan
@@ -131,7 +132,7 @@ class Agent:
 
     def _start_store(self, plan: NodePlan, task: TaskPlan) -> None:
         with self._lent(RANK_STORE_FD, self._store_fd()):
-            order = _task("store", plan, task)
+            order = task_order("store", plan, task)
             self._adopt(Child(dataclasses.replace(order, pass_fds=(RANK_STORE_FD,), keep_input=True)))
 
     def _start_rank(self, plan: NodePlan, rank: RankPlan) -> None:
@@ -142,7 +143,7 @@ class Agent:
             lent.enter_context(self._lent(RANK_EVENT_FD, writer))
             if rank.takes_store:
                 lent.enter_context(self._lent(RANK_STORE_FD, self._store_fd()))
-            child = Child(_rank_order(plan, rank, fds), events=reader)
+            child = Child(rank_order(plan, rank, fds), events=reader)
         os.close(writer)
         if child.refused:
             self._note_once(f"memory policy refused ({child.refused}); memory is placed by first touch")
@@ -271,25 +272,6 @@ def _versions() -> dict[str, str]:
     parts = [name.removesuffix(".dist-info").rpartition("-") for name in entries]
     installed = {name.lower().replace("_", "-"): version for name, _, version in parts}
     return {name: installed[name] for name in VERSIONS_OF if name in installed}
-
-
-def _task(name: str, plan: NodePlan, task: TaskPlan) -> Order:
-    folder = Path(task.task_dir)
-    return Order(name=name, argv=task.argv, env=task.env, cwd=plan.cwd, folder=folder, cpus=task.cpus)
-
-
-def _rank_order(plan: NodePlan, rank: RankPlan, fds: tuple[int, ...]) -> Order:
-    return Order(
-        name="rank",
-        rank=rank.rank,
-        argv=rank.argv,
-        env=rank.env,
-        cwd=plan.cwd,
-        folder=Path(rank.rank_dir),
-        cpus=rank.binding.cpus,
-        mem_nodes=rank.binding.mem_nodes,
-        pass_fds=fds,
-    )
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Final
 from launcher import bind
 from launcher.cpuset import CpuSet
 from launcher.errors import LaunchError
+from launcher.plan import NodePlan, RankPlan, TaskPlan
 from launcher.transport import CHUNK_BYTES, Lines
 
 STREAMS: Final = ("stdout", "stderr")
@@ -64,6 +65,27 @@ class Order:
     pass_fds: tuple[int, ...] = ()
     keep_input: bool = False
     """Its standard input stays open as long as the agent lives; otherwise it is empty."""
+
+
+def task_order(name: str, plan: NodePlan, task: TaskPlan) -> Order:
+    """How a helper process of this node is started."""
+    folder = Path(task.task_dir)
+    return Order(name=name, argv=task.argv, env=task.env, cwd=plan.cwd, folder=folder, cpus=task.cpus)
+
+
+def rank_order(plan: NodePlan, rank: RankPlan, fds: tuple[int, ...]) -> Order:
+    """How a rank of this node is started; ``fds``: descriptors it is handed, under the plan's numbers."""
+    return Order(
+        name="rank",
+        rank=rank.rank,
+        argv=rank.argv,
+        env=rank.env,
+        cwd=plan.cwd,
+        folder=Path(rank.rank_dir),
+        cpus=rank.binding.cpus,
+        mem_nodes=rank.binding.mem_nodes,
+        pass_fds=fds,
+    )
 
 
 class Child:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from falcon_dist.config import Value
@@ -112,6 +113,7 @@ def _run(
     from launcher.record import Record
     from launcher.run import Run
 
+    _check_script(settings)
     port = discover.open_store(agents, cluster.nodes[0].addr)
     planned = _plan(settings, cluster, environ, port=port, dry_run=False)
     folder.create(settings, planned)
@@ -125,6 +127,12 @@ def _run(
         console.complain(failure)
     console.conclude(json.dumps(report.to_json()) if order.as_json else render.closing_text(report))
     return report.exit_code
+
+
+def _check_script(settings: LaunchConfig) -> None:
+    program = settings.program
+    if program is not None and not program.module and not Path(program.argv[0]).exists():
+        raise UserError(f'arguments: no such script: "{program.argv[0]}"; give the path of a Python program')
 
 
 def _notes(settings: LaunchConfig, cluster: Cluster, environ: Mapping[str, str]) -> tuple[str, ...]:

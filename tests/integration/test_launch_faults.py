@@ -1,0 +1,164 @@
+"""Ranks, agents and launchers that die: who is named, which exit code, and that nothing is left running."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = str(Path(sys.executable).parent / "falcon-launch")
+pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cpus")
+
+SLEEP = """
+import os, subprocess, sys, time
+helper = subprocess.Popen(["sleep", "300"])
+with open("pids", "a") as f:
+    f.write(f"{os.getpid()} {helper.pid} {os.getppid()}\\n")
+if "deaf" in sys.argv:
+    import signal
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(300)
+"""
+FAIL = """
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    for n in range(30):
+        print("line", n, file=sys.stderr)
+    time.sleep(0.2)
+    if sys.argv[1] == "SIGKILL":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(int(sys.argv[1]))
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(300)
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition, timeout=10.0):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "did not come about in time"
+        time.sleep(0.02)
+
+
+class Sleeping:
+    """A launcher whose two ranks sleep, each with a helper process."""
+
+    def __init__(self, folder, *args):
+        (folder / "sleep.py").write_text(SLEEP)
+        words = [LAUNCH, "--nproc-per-node", "2", "--", "sleep.py", *args]
+        self.process = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pids = folder / "pids"
+        wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 6)
+        rows = [list(map(int, line.split())) for line in pids.read_text().splitlines()]
+        self.agent = rows[0][2]
+        self.pids = [self.agent, *(pid for row in rows for pid in row[:2])]
+
+    def end(self, timeout=10.0):
+        out, err = self.process.communicate(timeout=timeout)
+        wait_until(lambda: not any(map(is_alive, self.pids)))
+        return self.process.returncode, out, err
+
+
+@pytest.mark.parametrize(("how", "code", "named"), [("3", 3, "exit code 3"), ("SIGKILL", 137, "SIGKILL")])
+def test_the_first_failure_is_named_and_stops_the_rest(tmp_path, how, code, named):
+    (tmp_path / "fail.py").write_text(FAIL)
+    words = [LAUNCH, "--nproc-per-node", "2", "--", "fail.py", how]
+    begun = time.monotonic()
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert time.monotonic() - begun < 6.0  # half a second of start, and 5 s
+    assert done.returncode == code
+    lines = done.stderr.splitlines()
+    assert lines[0] == f"rank 1 (local_rank 1, host localhost) failed first: {named}"
+    assert lines[1:16] == [f"  line {n}" for n in range(15, 30)]
+    assert lines[16].endswith("attempt_1/rank_0001/stderr")
+    assert lines[17] == "other ranks: 1 SIGKILL"
+    assert Path(lines[16].removeprefix("  log: ")).read_text().startswith("line 0\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_leaves_nothing(tmp_path, number):
+    run = Sleeping(tmp_path)
+    run.process.send_signal(number)
+    code, _, err = run.end(timeout=3)
+    assert code == 128 + number
+    assert f"interrupted by {number.name}" in err
+
+
+def test_a_second_signal_kills_at_once(tmp_path):
+    run = Sleeping(tmp_path, "deaf")
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert run.process.poll() is None
+    run.process.send_signal(signal.SIGINT)
+    assert run.end(timeout=2)[0] == 130
+
+
+def test_ranks_deaf_to_a_signal_are_killed_after_the_grace(tmp_path):
+    run = Sleeping(tmp_path, "deaf")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end(timeout=7)[0] == 143
+
+
+def test_a_killed_launcher_leaves_nothing(tmp_path):
+    run = Sleeping(tmp_path)
+    run.process.kill()
+    assert run.end(timeout=3)[0] == -signal.SIGKILL
+
+
+def test_a_killed_agent_leaves_nothing_and_is_named(tmp_path):
+    run = Sleeping(tmp_path)
+    os.kill(run.agent, signal.SIGKILL)
+    code, out, err = run.end(timeout=5)
+    assert code == 1
+    assert "localhost: the agent is gone: SIGKILL" in err
+    assert "outcome: failed" in out
+
+
+def test_a_killed_helper_of_a_rank_is_not_the_launchers_business(tmp_path):
+    run = Sleeping(tmp_path)
+    os.kill(run.pids[2], signal.SIGKILL)
+    time.sleep(0.3)
+    assert run.process.poll() is None
+    run.process.send_signal(signal.SIGTERM)
+    run.end()
+
+
+def test_a_rank_elsewhere_than_planned_stops_the_run(tmp_path):
+    saying = 'import os, time\nos.write(10, b\'{"event": "bound", "cpus": "99", "threads": 1}\\n\')\ntime.sleep(300)\n'
+    (tmp_path / "liar.py").write_text(saying)
+    words = [LAUNCH, "--nproc-per-node", "2", "--", "liar.py"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert 'is not bound as planned: planned cpus "' in done.stderr
+
+
+def test_cpus_that_are_not_there_are_refused(tmp_path):
+    core = {"core": 0, "cpus": "4000"}
+    nodes = [{"numa_node": 0, "memory_bytes": None, "cores": [core]}]
+    machine = {"sockets": [{"socket": 0, "numa_nodes": nodes}], "allowed": "4000", "mems_allowed": ""}
+    (tmp_path / "odd.json").write_text(json.dumps({**machine, "quota_cpus": None}))
+    (tmp_path / "x.py").write_text("")
+    words = [LAUNCH, "--topology", "odd.json", "--", "x.py"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, 'cannot bind to cpus "4000"' in done.stderr) == (1, True)
+
+
+def test_a_failed_preparation_starts_no_rank(tmp_path):
+    words = [LAUNCH, "--nproc-per-node", "2", "--set", "data.name=./missing.jsonl"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("preparing failed: exit code 2\n")
+    (run,) = (tmp_path / "runs").iterdir()
+    assert not list(run.glob("attempt_1/rank_*"))
