@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -150,7 +151,11 @@ def parse(argv: Sequence[str]) -> Order:
         UserError: a flag is not known or lacks its value.
     """
     own, program = _split(list(argv))
-    given = vars(_parser().parse_args(own))
+    parser = _parser()
+    known, unknown = parser.parse_known_args(own)
+    if unknown:
+        raise UserError(_no_such_flag(unknown[0].partition("=")[0], parser))
+    given = vars(known)
     return Order(
         flags=_flags(given, program),
         topologies=tuple(given["topology"]),
@@ -199,11 +204,14 @@ def _flags(given: Mapping[str, Any], program: Program | None) -> Flags:
 
 
 class _Parser(argparse.ArgumentParser):
+    names: tuple[str, ...] = ()
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"arguments: {message}; see falcon-launch --help")
 
     def flag(self, name: str, *, also: tuple[str, ...] = (), **how: Any) -> None:
         """A flag in both spellings, of which the help shows one."""
+        self.names += (name,)
         dest = name.strip("-").replace("-", "_")
         self.add_argument(name, dest=dest, **how)
         spellings = {name, *also, *(n[:2] + n[2:].replace("-", "_") for n in (name, *also))} - {name}
@@ -218,7 +226,13 @@ class _Version(argparse.Action):
         parser.exit(0, f"falcon-launch {metadata.version('falcon-dist')}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _no_such_flag(flag: str, parser: _Parser) -> str:
+    near = difflib.get_close_matches(flag.replace("_", "-"), parser.names, 1)
+    hint = f'did you mean "{near[0]}"?' if near else "see falcon-launch --help"
+    return f'arguments: no such flag: "{flag}"; {hint}'
+
+
+def _parser() -> _Parser:
     parser = _Parser(prog="falcon-launch", usage=USAGE, allow_abbrev=False, add_help=False)
     flag = parser.flag
     flag("--nproc-per-node", also=("--nprocs-per-node",), metavar="N", help='ranks; "auto": one per NUMA node')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any, Final
@@ -39,7 +40,8 @@ class Console:
         if event.get("log"):
             self.say(render.step_line(event))
         if self._is_terminal and not self._quiet:
-            self._progress = render.progress_line(event)
+            # Cut to the terminal's width: a line that wraps cannot be written over.
+            self._progress = render.progress_line(event)[: shutil.get_terminal_size().columns - 1]
             self._write("")
 
     def end_progress(self) -> None:

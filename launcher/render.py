@@ -181,7 +181,7 @@ def closing_text(report: RunReport) -> str:
     if report.timings_s:
         lines.append("time: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.timings_s.items()))
     lines += _binding_lines(report.ranks)
-    if report.checkpoint:
+    if report.checkpoint and not any(report.checkpoint in line for line in report.summary):
         lines.append(f"checkpoint: {report.checkpoint}")
     return "\n".join([*lines, f"run folder: {report.run_dir}"])
 

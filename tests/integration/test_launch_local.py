@@ -157,7 +157,7 @@ def test_falcon_report_tells_it_again(tmp_path, tell):
     [
         (["--nproc-per-node", "4096", "--", "x.py"], 'fewer than ranks: "4096"'),
         (["--recipe", "nope"], 'no such recipe: "nope"'),
-        (["--hostfile", "h"], "unrecognized arguments: --hostfile"),
+        (["--hostfile", "h"], 'no such flag: "--hostfile"'),
         (["--set", "optim.lrr=1"], 'did you mean "optim.lr"?'),
         (["--nproc-per-node", "1", "--", "missing.py"], 'no such script: "missing.py"'),
     ],

@@ -117,7 +117,7 @@ def test_a_programs_arguments_are_its_own(argv, program, flag):
     assert order.flags.launch["nproc_per_node"].value == 2
 
 
-@pytest.mark.parametrize("argv", [["--nproc", "2"], ["--recipe"], ["--"], ["-m"], ["--hostfile", "h"]])
+@pytest.mark.parametrize("argv", [["--nproc", "2"], ["--recipe"], ["--"], ["-m"], ["--hostfile", "h"], ["--bf16"]])
 def test_a_command_line_that_makes_no_sense(argv):
-    with pytest.raises(UserError, match="see falcon-launch --help"):
+    with pytest.raises(UserError, match=r"^arguments: "):
         cli.parse(argv)
