@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import sys
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in torch's stubs
 
 
 def serve(descriptor: int, addr: str, port: int, world_size: int) -> TCPStore:

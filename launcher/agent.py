@@ -35,7 +35,7 @@ from launcher.transport import Lines
 
 POLL_S: Final = 0.1
 """How often files of running children are looked at for new lines."""
-VERSIONS_OF: Final = ("falcon-dist", "torch", "transformers", "trl", "oneccl")
+VERSIONS_OF: Final = ("falcon-dist", "torch", "transformers", "trl", "oneccl-cpu-devel")
 PROTOCOL: Final = 1
 
 

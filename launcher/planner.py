@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from falcon_dist import contract
 from launcher import environment
@@ -24,6 +24,9 @@ from launcher.plan import (
     Site,
     TaskPlan,
 )
+
+ONECCL: Final = "oneccl-cpu-devel"
+"""Distribution whose headers and library the ccl backend is built against."""
 
 
 def build(
@@ -152,7 +155,7 @@ def choose_backend(config: LaunchConfig, cluster: Cluster) -> tuple[str, str]:
         return "gloo", "the program chooses its own"
     if config.launch.backend != "auto":
         return config.launch.backend, "asked for"
-    lacking = [n.host for n in cluster.nodes if "oneccl" not in n.facts.versions]
+    lacking = [n.host for n in cluster.nodes if ONECCL not in n.facts.versions]
     if lacking:
         return "gloo", f"oneCCL is not installed on {lacking[0]}"
     return "ccl", "oneCCL is installed on every node"

@@ -120,5 +120,5 @@ def test_text(make_plan):
 
 def test_backend_is_chosen_aloud(make_plan):
     assert make_plan(program=None).backend == "gloo"
-    assert make_plan(program=None, versions={"oneccl": "2022.1"}).backend == "ccl"
+    assert make_plan(program=None, versions={"oneccl-cpu-devel": "2022.1"}).backend == "ccl"
     assert make_plan(program=None, backend="ccl").backend == "ccl"
