@@ -1,0 +1,37 @@
+"""Every collective of the ccl backend against gloo's result, all elements, in real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ccl_ranks import run_ranks
+
+RANKS = Path(__file__).parent / "ccl_programs"
+
+
+@pytest.mark.parametrize(
+    ("part", "ranks"),
+    [("reductions", 2), ("movement", 2), ("reductions", 4), ("movement", 4), ("groups", 2), ("groups", 4)],
+)
+def test_every_result_equals_gloo(part: str, ranks: int) -> None:
+    for outcome in run_ranks(RANKS / "collectives.py", part, ranks=ranks):
+        assert outcome.code == 0, outcome.text
+        assert "equal" in outcome.text
+
+
+def test_ten_thousand_collectives_do_not_grow() -> None:
+    for outcome in run_ranks(RANKS / "growth.py", ranks=2):
+        assert outcome.code == 0, outcome.text
+
+
+def test_a_group_of_one_needs_nobody() -> None:
+    (outcome,) = run_ranks(RANKS / "collectives.py", "reductions", ranks=1)
+    assert outcome.code == 0, outcome.text
+
+
+@pytest.mark.parametrize("ending", ["destroy", "leave", "exit7"])
+def test_ranks_leave_with_their_own_code(ending: str) -> None:
+    for outcome in run_ranks(RANKS / "leaving.py", ending, ranks=2):
+        assert outcome.code == (7 if ending == "exit7" else 0), outcome.text
+        assert "terminate called" not in outcome.text
