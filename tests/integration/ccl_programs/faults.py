@@ -1,0 +1,68 @@
+"""One rank of a group in which rank 1 misbehaves. argv: the fault. The group's timeout is 8 s.
+
+Rank 0 prints how long its call took to fail and the error; a rank that is not told to die must not exit 0.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+import falcon_dist.ccl  # noqa: F401
+
+
+def misbehave(fault: str) -> None:
+    """Rank 1."""
+    if fault == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault == "absent":
+        time.sleep(30)
+    elif fault == "size":
+        dist.all_reduce(torch.ones(999))
+    elif fault == "large-size":
+        dist.all_reduce(torch.ones(1 << 20))
+    elif fault == "dtype":
+        dist.all_reduce(torch.ones(1000, dtype=torch.int32))
+    elif fault == "operation":
+        dist.broadcast(torch.ones(1000), 0)
+    elif fault == "mid-transfer":
+        threading_kill(0.05)
+        for _ in range(1000):
+            dist.all_reduce(torch.ones(8 << 20))
+    elif fault == "leaves":
+        sys.exit(0)
+
+
+def threading_kill(after_s: float) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, after_s)
+
+
+def main() -> None:
+    fault = sys.argv[1]
+    dist.init_process_group("ccl", timeout=datetime.timedelta(seconds=8))
+    data = torch.ones(1000)
+    dist.all_reduce(data)
+    if dist.get_rank() == 1:
+        misbehave(fault)
+        return
+    started = time.monotonic()
+    try:
+        if fault == "mid-transfer":
+            for _ in range(1000):
+                dist.all_reduce(torch.ones(8 << 20))
+        dist.all_reduce(data, async_op=fault == "die").wait() if fault == "die" else dist.all_reduce(data)
+    finally:
+        print(f"failed after {time.monotonic() - started:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
