@@ -44,11 +44,12 @@ def _run(verb: str, words: list[str]) -> int:
 
         return chat(words)
     parser = argparse.ArgumentParser(prog=f"python -m falcon_dist {verb}")
-    parser.add_argument("--config", type=Path, required=True, help="RUN/config.json")
+    parser.add_argument("--config", type=Path, required=True, help="a config.json of a run")
+    parser.add_argument("--run-dir", type=Path, help="the run folder (default: the config's)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest verified checkpoint")
     args = parser.parse_args(words)
     config = read_config(args.config)
-    folder = args.config.resolve().parent
+    folder = (args.run_dir or args.config.parent).resolve()
     if verb == "prepare":
         from falcon_dist.prepare import prepare
 

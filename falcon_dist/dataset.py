@@ -22,8 +22,8 @@ from falcon_dist.packing import Sample, Tally, held_out, pack
 from falcon_dist.records import Record, Source, find_source
 from falcon_dist.rows import MANIFEST, PackedStore, Parts, write_store
 
-FORMAT: Final = 1
-"""Rises when the same text would become other rows."""
+FORMAT: Final = 2
+"""Rises when the same text would become other rows, or the store tells other facts."""
 _BATCH: Final = 512
 """Records tokenised at once."""
 

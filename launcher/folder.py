@@ -45,7 +45,8 @@ def create(config: LaunchConfig, plan: LaunchPlan) -> None:
         attempt.mkdir(mode=0o700)
     except OSError as fault:
         raise UserError(f'--runs-dir: cannot make the run folder: "{attempt}"; {fault.strerror}') from fault
-    _write(plan, "config.json", config.to_json())
+    # The run's own config stays that of its first attempt: a resume that is refused must not change the run.
+    _write(plan, "config.json", config.to_json(), keep_first=True)
     _write(plan, "plan.json", plan.redacted().to_json())
 
 
@@ -77,10 +78,12 @@ def _new_run_id() -> str:
     return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
 
 
-def _write(plan: LaunchPlan, name: str, values: dict[str, Any]) -> None:
-    """The newest at the top of the run folder, and each attempt's own beside its logs."""
+def _write(plan: LaunchPlan, name: str, values: dict[str, Any], *, keep_first: bool = False) -> None:
+    """The newest (or first) at the top of the run folder, and each attempt's own beside its logs."""
     text = json.dumps(values, indent=1) + "\n"
     for folder in (plan.site.attempt_dir, plan.site.run_dir):
+        if keep_first and folder == plan.site.run_dir and (Path(folder) / name).exists():
+            continue
         partial = Path(folder) / f"{name}.partial"
         partial.write_text(text)
         partial.chmod(0o600)

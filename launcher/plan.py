@@ -47,7 +47,7 @@ class Site:
     @property
     def config_file(self) -> str:
         """The configuration every rank reads."""
-        return f"{self.run_dir}/config.json"
+        return f"{self.attempt_dir}/config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -102,7 +102,10 @@ class _Builder:
         if program is not None:
             return (node.facts.python, *(("-m",) if program.module else ()), *program.argv)
         resume = ("--resume",) if self.config.resume_from else ()
-        return (*_ours(node, "train"), "--config", self.site.config_file, *resume)
+        return (*_ours(node, "train"), *self._config_words(), *resume)
+
+    def _config_words(self) -> tuple[str, ...]:
+        return ("--config", self.site.config_file, "--run-dir", self.site.run_dir)
 
     def _env(self, seat: PlacedRank, local_world_size: int, rank_dir: str, *, takes_store: bool) -> dict[str, str]:
         place = environment.Seat(
@@ -132,7 +135,7 @@ class _Builder:
     def _prepare(self, node: Node, cpus: CpuSet) -> TaskPlan:
         whole = Binding(cpus=cpus, mem_nodes=CpuSet(), threads=len(cpus))
         return TaskPlan(
-            argv=(*_ours(node, "prepare"), "--config", self.site.config_file),
+            argv=(*_ours(node, "prepare"), *self._config_words()),
             env=self._common(whole) | {contract.BACKEND: self.backend},
             cpus=cpus,
             task_dir=f"{self.site.attempt_dir}/prepare_{node.node_rank:04d}",

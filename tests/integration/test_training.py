@@ -194,6 +194,9 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
     done = launch(tmp_path, "--resume", "r", "--set", "seed=1")
     assert done.returncode == 2
     assert '--resume: seed was "0" when step-000004 was saved and is "1" now' in done.stderr
+    again = launch(tmp_path, "--resume", "r")
+    assert again.returncode == 0, again.stderr
+    assert "all 4 steps are done already" in again.stdout
 
 
 def test_no_checkpoint_that_can_be_trusted_is_an_error(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_our_program_is_handed_the_store_and_prepared(make_plan):
     assert plan.nodes[0].store is None
     assert plan.nodes[0].prepare is not None
     assert "RANK" not in plan.nodes[0].prepare.env
-    assert plan.ranks[0].argv[-2:] == ("--config", "/runs/r/config.json")
+    assert plan.ranks[0].argv[-4:] == ("--config", "/runs/r/attempt_1/config.json", "--run-dir", "/runs/r")
 
 
 def test_arguments_are_not_touched(make_plan):
