@@ -105,10 +105,10 @@ def start(ranks: int) -> int:
 def measure(rounds: int, cases: tuple[Case, ...]) -> None:
     """One rank: every case, rounds of alternating calls; rank 0 prints."""
     os.sched_setaffinity(0, {int(os.environ["BENCHMARK_CPU"])})
-    import torch  # noqa: PLC0415 - after the binding, so that its thread pool sees one cpu
-    import torch.distributed as dist  # noqa: PLC0415
+    import torch
+    import torch.distributed as dist
 
-    import falcon_dist.ccl  # noqa: F401, PLC0415
+    import falcon_dist.ccl  # noqa: F401
 
     dist.init_process_group("ccl")
     gloo = dist.new_group(backend="gloo")
@@ -126,8 +126,7 @@ def measure(rounds: int, cases: tuple[Case, ...]) -> None:
             "copy": lambda data=data, other=other: other.copy_(data),
         }
         times = {
-            name: statistics.median(found)
-            for name, found in _rounds(actions, rounds, case.calls, dist.barrier).items()
+            name: statistics.median(found) for name, found in _rounds(actions, rounds, case.calls, dist.barrier).items()
         }
         rows.append(_row(case, times))
         if first:

@@ -63,9 +63,7 @@ def environment(
     return env | _workers(local_size, comm_cpus, comm_mem_nodes)
 
 
-def _workers(
-    local_size: int, comm_cpus: Sequence[Sequence[int]], comm_mem_nodes: Sequence[int]
-) -> dict[str, str]:
+def _workers(local_size: int, comm_cpus: Sequence[Sequence[int]], comm_mem_nodes: Sequence[int]) -> dict[str, str]:
     if not any(comm_cpus):
         return {"CCL_WORKER_OFFLOAD": "0"}
     count = len(comm_cpus[0])

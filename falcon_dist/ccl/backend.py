@@ -13,8 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-import torch.distributed as dist
-from torch._C._distributed_c10d import _DistributedBackendOptions
+from torch._C._distributed_c10d import Backend, PrefixStore, ProcessGroupGloo, _DistributedBackendOptions
 from torch.distributed.constants import default_pg_timeout
 
 from falcon_dist.ccl.build import MODULE, ensure_built
@@ -30,7 +29,7 @@ every backend, so a program that wants exactly that has to ask for a second more
 _EXIT_PATIENCE_S: Final = 5.0
 
 
-def create(options: _DistributedBackendOptions, backend_options: Any = None) -> dist.Backend:  # noqa: ARG001
+def create(options: _DistributedBackendOptions, backend_options: Any = None) -> Backend:  # noqa: ARG001
     """Creates this rank's member of a ``ccl`` group; torch calls it, as a collective of all members.
 
     Raises UserError where oneCCL or a compiler is missing and torch.distributed.DistBackendError where a
@@ -39,7 +38,7 @@ def create(options: _DistributedBackendOptions, backend_options: Any = None) -> 
     timeout = DEFAULT_TIMEOUT if options.timeout == default_pg_timeout else options.timeout
     ranks = list(options.global_ranks_in_group) or list(range(options.group_size))
     module = load(lambda: find_place(options.store, options.group_rank, options.group_size, timeout))
-    created: dist.Backend = module.create(
+    created: Backend = module.create(
         store=options.store,
         rank=options.group_rank,
         size=options.group_size,
@@ -90,15 +89,15 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def _inner(options: _DistributedBackendOptions, timeout: timedelta) -> dist.Backend:
+def _inner(options: _DistributedBackendOptions, timeout: timedelta) -> Backend:
     """The gloo group that carries send, recv and bitwise reductions, made at the first of them.
 
     It connects pairs lazily, so only the ranks that talk need to come.
     """
-    gloo = dist.ProcessGroupGloo
+    gloo: Any = ProcessGroupGloo  # its options are in no type stub
     settings = gloo._Options()
     settings._timeout = timeout
     settings._devices = [gloo.create_device(interface=os.environ[INTERFACE], lazy_init=True)]
-    store = dist.PrefixStore("gloo", options.store)
-    inner: dist.Backend = gloo(store, options.group_rank, options.group_size, settings)
+    store = PrefixStore("gloo", options.store)
+    inner: Backend = gloo(store, options.group_rank, options.group_size, settings)
     return inner

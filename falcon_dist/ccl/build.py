@@ -33,7 +33,7 @@ MODULE: Final = "_falcon_ccl"
 SOURCES: Final = Path(__file__).parent / "src"
 _FLAGS: Final = (
     "-std=c++20",
-    "-O2",
+    "-O3",
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
@@ -84,8 +84,7 @@ def recipe() -> Recipe:
     path = shutil.which(compiler)
     if path is None:
         raise UserError(
-            f"oneCCL: no C++ compiler {compiler!r} on PATH to build the ccl backend; "
-            "install g++ 11 or later or set CXX"
+            f"oneCCL: no C++ compiler {compiler!r} on PATH to build the ccl backend; install g++ 11 or later or set CXX"
         )
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     return Recipe(library=library, compiler=path, compiler_version=version.stdout.splitlines()[0])

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from falcon_dist import contract
 from falcon_dist.ccl_environment import INTERFACE
@@ -30,7 +30,7 @@ class Place:
     interface: str
 
 
-def find_place(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Place:
+def find_place(store: Store, rank: int, size: int, timeout: timedelta) -> Place:
     """From the launcher's environment where it says so, else by asking the other ranks through ``store``."""
     local = _from_environment(os.environ) or _from_store(store, rank, size, timeout)
     interface = os.environ.get(INTERFACE) or route_interface(os.environ.get(contract.MASTER_ADDR, "127.0.0.1"))
@@ -44,7 +44,7 @@ def _from_environment(env: Mapping[str, str]) -> tuple[int, int] | None:
         return None
 
 
-def _from_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> tuple[int, int]:
+def _from_store(store: Store, rank: int, size: int, timeout: timedelta) -> tuple[int, int]:
     here = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + socket.gethostname()
     store.set(f"place/{rank}", here)
     keys = [f"place/{other}" for other in range(size)]
@@ -71,9 +71,7 @@ def route_interface(address: str) -> str:
         ) from error
     name = _interface_of(local)
     if name is None:
-        raise UserError(
-            f"oneCCL: no interface has the address {local} that routes to {address!r}; set {INTERFACE}"
-        )
+        raise UserError(f"oneCCL: no interface has the address {local} that routes to {address!r}; set {INTERFACE}")
     return name
 
 
@@ -81,7 +79,7 @@ def _interface_of(address: str) -> str | None:
     if address.startswith("127.") or address == "::1":
         return "lo"
     if ":" in address:
-        return _ipv6_interface(address.split("%")[0])
+        return _ipv6_interface(address.split("%", maxsplit=1)[0])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:

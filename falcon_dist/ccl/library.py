@@ -39,9 +39,7 @@ def find_library() -> Library:
         header = root / "include" / "oneapi" / "ccl" / "config.h"
         if header.is_file() and (root / "lib" / "libccl.so.1").is_file():
             found = _VERSION.search(header.read_text())
-            return Library(
-                include=root / "include", folder=root / "lib", version=found[1] if found else "unknown"
-            )
+            return Library(include=root / "include", folder=root / "lib", version=found[1] if found else "unknown")
     place = f"CCL_ROOT={given}" if given else f"the Python environment {sys.prefix}"
     raise UserError(f"oneCCL: no include/oneapi/ccl.hpp with lib/libccl.so.1 in {place}; {CURE}")
 

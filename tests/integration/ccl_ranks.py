@@ -45,9 +45,7 @@ def start_ranks(program: Path, *args: str, ranks: int, **env: str) -> list[subpr
 def collect(children: list[subprocess.Popen[str]], timeout_s: float = 120) -> list[Outcome]:
     """Waits for all; what still runs at the end is killed and fails the test."""
     try:
-        return [
-            Outcome(text=child.communicate(timeout=timeout_s)[0], code=child.returncode) for child in children
-        ]
+        return [Outcome(text=child.communicate(timeout=timeout_s)[0], code=child.returncode) for child in children]
     finally:
         for child in children:
             child.kill()

@@ -20,6 +20,14 @@ def test_every_result_equals_gloo(part: str, ranks: int) -> None:
         assert "equal" in outcome.text
 
 
+@pytest.mark.parametrize(("part", "ranks"), [("reductions", 3), ("groups", 2)])
+def test_results_over_oneccl_alone_equal_gloo(part: str, ranks: int) -> None:
+    """Without the memory that ranks of one host share, as between hosts."""
+    for outcome in run_ranks(RANKS / "collectives.py", part, ranks=ranks, FALCON_CCL_SHARED_MEMORY="0"):
+        assert outcome.code == 0, outcome.text
+        assert "equal" in outcome.text
+
+
 def test_ten_thousand_collectives_do_not_grow() -> None:
     for outcome in run_ranks(RANKS / "growth.py", ranks=2):
         assert outcome.code == 0, outcome.text

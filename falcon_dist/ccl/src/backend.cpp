@@ -55,6 +55,12 @@ void check_first_group(const std::vector<int64_t>& ranks, const std::string& gro
 
 }  // namespace
 
+// One tensor of an all_reduce.
+struct CclBackend::Part {
+  at::Tensor memory;
+  Reduction reduction;
+};
+
 CclBackend::CclBackend(c10::intrusive_ptr<c10d::Store> store, int rank, int size, Settings settings)
     : Backend(rank, size),
       global_ranks_(std::move(settings.global_ranks)),
@@ -199,30 +205,31 @@ WorkPtr CclBackend::allreduce_all(
     const c10d::AllreduceOptions& options,
     c10d::OpType type) {
   TaskBuilder builder(*this, type, "all_reduce", options.timeout);
-  struct Part {
-    at::Tensor memory;
-    Reduction reduction;
-  };
   std::vector<Part> parts;
   int64_t total = 0;
   for (const at::Tensor& tensor : tensors) {
     check_tensor(tensor, "all_reduce");
     const bool additive = options.reduceOp.op_ == c10d::ReduceOp::SUM || options.reduceOp.op_ == c10d::ReduceOp::AVG;
     const at::Tensor real = tensor.is_complex() && additive ? at::view_as_real(tensor) : tensor;
-    const Reduction reduction = reduction_of(options.reduceOp, real.scalar_type(), "all_reduce");
-    const at::Tensor memory = builder.in_place(real);
-    if (reduction.average) {
-      builder.average(memory);
+    Part part{builder.in_place(real), reduction_of(options.reduceOp, real.scalar_type(), "all_reduce")};
+    total += part.memory.numel();
+    if (part.memory.numel() > 0) {
+      parts.push_back(std::move(part));
     }
-    if (memory.numel() > 0) {
-      parts.push_back({memory, reduction});
-    }
-    total += memory.numel();
   }
   if (!tensors.empty()) {
     builder.describe(total, tensors[0].scalar_type(), reduction_name(options.reduceOp));
   }
   builder.outputs(tensors);
+  const auto here = [](const Part& part) { return part.reduction.element.has_value(); };
+  if (peers_->arena() && !parts.empty() && std::all_of(parts.begin(), parts.end(), here)) {
+    return allreduce_here(builder, std::move(parts), options.asyncOp);
+  }
+  for (const Part& part : parts) {
+    if (part.reduction.average) {
+      builder.average(part.memory);
+    }
+  }
   return builder.run(
       [this, parts = std::move(parts)](Events& events) {
         for (const Part& part : parts) {
@@ -234,6 +241,26 @@ WorkPtr CclBackend::allreduce_all(
         }
       },
       options.asyncOp);
+}
+
+// One part after the other through the memory that all ranks of the group share.
+WorkPtr CclBackend::allreduce_here(TaskBuilder& builder, std::vector<Part> parts, bool asynchronous) {
+  return builder.run_here(
+      [arena = peers_->arena(), parts = std::move(parts), next = size_t{0}]() mutable {
+        for (;;) {
+          if (next > 0 && !arena->advance()) {
+            return false;
+          }
+          if (next == parts.size()) {
+            return true;
+          }
+          const Part& part = parts[next++];
+          arena->begin(
+              static_cast<char*>(part.memory.data_ptr()), part.memory.numel(), *part.reduction.element,
+              part.reduction.fold);
+        }
+      },
+      asynchronous);
 }
 
 WorkPtr CclBackend::broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) {

@@ -85,8 +85,11 @@ class CclBackend final : public c10d::Backend {
  private:
   friend class TaskBuilder;
 
+  struct Part;
+
   void connect(const c10::intrusive_ptr<c10d::Store>& store);
   WorkPtr allreduce_all(Tensors& tensors, const c10d::AllreduceOptions& options, c10d::OpType type);
+  WorkPtr allreduce_here(class TaskBuilder& builder, std::vector<Part> parts, bool asynchronous);
   WorkPtr gather_all(
       class TaskBuilder& builder, Tensors& inputs, Tensors& outputs, bool asynchronous);
   WorkPtr reduce_scatter_all(

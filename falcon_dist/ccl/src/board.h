@@ -13,18 +13,8 @@ namespace falcon {
 
 class Board {
  public:
-  // The first rank of a host makes the memory; others open it through /proc/PID/fd. Nothing is left behind
-  // in /dev/shm, whichever process dies. Throws std::system_error.
-  static Board create(int size);
-  static Board open(int pid, int descriptor, int size);
-
-  Board(Board&& other) noexcept;
-  Board(const Board&) = delete;
-  Board& operator=(const Board&) = delete;
-  Board& operator=(Board&&) = delete;
-  ~Board();
-
-  int descriptor() const { return descriptor_; }
+  static size_t bytes(int size);
+  explicit Board(char* memory);
 
   void write(int rank, const Signature& signature);
 
@@ -36,12 +26,7 @@ class Board {
 
  private:
   struct Lane;
-
-  Board(int descriptor, int size);
-
-  int descriptor_;
-  int size_;
-  Lane* lanes_;
+  Lane* const lanes_;
 };
 
 }  // namespace falcon

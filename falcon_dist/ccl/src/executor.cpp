@@ -173,7 +173,7 @@ void Executor::execute(Task& task, bool own_thread) {
   // Held by pointer: after a failure oneCCL may still write into the tensors, so they are never freed.
   auto events = std::make_unique<Events>();
   try {
-    {
+    if (!task.advance) {
       std::lock_guard<std::mutex> library(library_lock());
       task.submit(*events);
     }
@@ -195,20 +195,25 @@ void Executor::execute(Task& task, bool own_thread) {
   watched_.end();
 }
 
+bool Executor::finished(Events& events, const Task& task) {
+  if (task.advance) {
+    return task.advance();
+  }
+  std::lock_guard<std::mutex> library(library_lock());
+  while (!events.empty() && events.back().test()) {
+    events.pop_back();
+  }
+  return events.empty();
+}
+
 void Executor::poll(Events& events, const Task& task, bool own_thread) {
   Backoff backoff(own_thread);
   const Clock::time_point started = Clock::now();
   Clock::time_point before = started;
   next_look_ = started + kLookEvery;
-  while (!events.empty()) {
-    {
-      std::lock_guard<std::mutex> library(library_lock());
-      while (!events.empty() && events.back().test()) {
-        events.pop_back();
-      }
-    }
+  while (!finished(events, task)) {
     const Clock::time_point now = Clock::now();
-    if (now >= next_look_ && !events.empty()) {
+    if (now >= next_look_) {
       next_look_ = now + kLookEvery;
       look_around(task.signature, started, started + task.timeout);
     }

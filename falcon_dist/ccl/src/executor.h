@@ -27,6 +27,7 @@ struct Task {
   const char* name = "";               // "all_reduce", a literal
   Signature signature;
   std::function<void(Events&)> submit;
+  std::function<bool()> advance;       // instead of events: does what can be done now; true at the end
   std::function<void()> finish;        // may be empty
   std::vector<at::Tensor> outputs;     // the value of the work's future
   std::vector<at::Tensor> kept;        // memory that has to live until the end
@@ -83,6 +84,7 @@ class Executor {
 
   void loop();
   void execute(Task& task, bool own_thread);
+  static bool finished(Events& events, const Task& task);
   void poll(Events& events, const Task& task, bool own_thread);
   void look_around(const Signature& mine, Clock::time_point started, Clock::time_point deadline);
   [[noreturn]] void give_up(const Signature& mine, const std::string& reason);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <sstream>
@@ -37,6 +38,10 @@ std::string await(c10d::Store& store, const std::string& key, milliseconds timeo
   store.wait({key}, timeout);
   const Bytes value = store.get(key);
   return {value.begin(), value.end()};
+}
+
+size_t round_to_page(size_t bytes) {
+  return (bytes + 4095) / 4096 * 4096;
 }
 
 std::string key(const char* kind, int rank) {
@@ -76,31 +81,56 @@ Peers::Peers(
       }
     }
   }
-  join_board(hosts, pids_, timeout);
+  share_memory(timeout);
 }
 
-void Peers::join_board(
-    const std::vector<std::string>& hosts,
-    const std::vector<int>& pids,
-    milliseconds timeout) {
+// Who cannot map the memory (another user's process, say) does without, and then nobody uses the arena: all
+// ranks must go the same way.
+void Peers::share_memory(milliseconds timeout) {
   if (local_.size() < 2) {
     return;
   }
-  const int size = static_cast<int>(hosts.size());
+  const bool mapped = map_memory(timeout);
+  const int size = static_cast<int>(names_.size());
+  const size_t board_bytes = round_to_page(Board::bytes(size));
+  if (mapped) {
+    board_.emplace(memory_->data());
+  }
+  if (static_cast<int>(local_.size()) < size) {
+    return;
+  }
+  const char* wanted = std::getenv("FALCON_CCL_SHARED_MEMORY");
+  const bool willing = mapped && !(wanted && std::string(wanted) == "0");
+  store_->set(key("arena", rank_), to_bytes(willing ? "yes" : "no"));
+  bool all = true;
+  for (int other = 0; other < size; ++other) {
+    all = await(*store_, key("arena", other), timeout) == "yes" && all;
+  }
+  if (all) {
+    arena_.emplace(memory_->data() + board_bytes, rank_, size);
+  }
+}
+
+bool Peers::map_memory(milliseconds timeout) {
+  const int size = static_cast<int>(names_.size());
+  const size_t bytes = round_to_page(Board::bytes(size)) +
+      (static_cast<int>(local_.size()) == size ? Arena::bytes(size) : 0);
   const int first = local_.front();
   try {
     if (first == rank_) {
-      board_.emplace(Board::create(size));
-      store_->set(key("board", rank_), to_bytes(std::to_string(board_->descriptor())));
+      memory_.emplace(SharedMemory::create("falcon-ccl", bytes));
+      store_->set(key("memory", rank_), to_bytes(std::to_string(memory_->descriptor())));
     } else {
-      board_.emplace(Board::open(pids[first], std::stoi(await(*store_, key("board", first), timeout)), size));
+      const int descriptor = std::stoi(await(*store_, key("memory", first), timeout));
+      memory_.emplace(SharedMemory::open(pids_[first], descriptor, bytes));
     }
   } catch (const std::system_error&) {
-    // Another user's process or a kernel without memfd: the store alone tells who is where.
     if (first == rank_) {
-      store_->set(key("board", rank_), to_bytes("-1"));
+      store_->set(key("memory", rank_), to_bytes("-1"));
     }
+    return false;
   }
+  return true;
 }
 
 Peers::~Peers() {

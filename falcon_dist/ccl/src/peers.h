@@ -10,8 +10,10 @@
 #include <string>
 #include <vector>
 
+#include "arena.h"
 #include "board.h"
 #include "library.h"
+#include "shared_memory.h"
 #include "signature.h"
 
 namespace falcon {
@@ -24,6 +26,9 @@ class Peers {
   ~Peers();
   Peers(const Peers&) = delete;
   Peers& operator=(const Peers&) = delete;
+
+  // The fast way for all_reduce; null unless all ranks of the group share this host and its memory.
+  Arena* arena() { return arena_ ? &*arena_ : nullptr; }
 
   // Says on the board that this rank has entered an operation.
   void arrive(const Signature& mine);
@@ -53,7 +58,8 @@ class Peers {
 
   std::string name(int rank) const;
   std::optional<Signature> seen(int rank) const;
-  void join_board(const std::vector<std::string>& hosts, const std::vector<int>& pids, milliseconds timeout);
+  void share_memory(milliseconds timeout);
+  bool map_memory(milliseconds timeout);
 
   const c10::intrusive_ptr<c10d::Store> store_;
   const int rank_;
@@ -61,7 +67,9 @@ class Peers {
   std::vector<int> local_;    // ranks that share this host, this one included
   std::vector<int> pids_;     // per rank
   std::vector<int> pidfds_;   // per rank; -1 where it is not on this host
+  std::optional<SharedMemory> memory_;
   std::optional<Board> board_;
+  std::optional<Arena> arena_;
   std::shared_ptr<Seen> seen_;
 };
 

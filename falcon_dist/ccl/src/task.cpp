@@ -63,6 +63,21 @@ std::optional<ccl::reduction> operation_of(const c10d::ReduceOp& op, at::ScalarT
   }
 }
 
+Fold fold_of(const c10d::ReduceOp& op) {
+  switch (op.op_) {
+    case c10d::ReduceOp::AVG:
+      return Fold::kAverage;
+    case c10d::ReduceOp::PRODUCT:
+      return Fold::kProduct;
+    case c10d::ReduceOp::MIN:
+      return Fold::kMin;
+    case c10d::ReduceOp::MAX:
+      return Fold::kMax;
+    default:
+      return Fold::kSum;
+  }
+}
+
 }  // namespace
 
 const char* reduction_name(const c10d::ReduceOp& op) {
@@ -78,7 +93,10 @@ Reduction reduction_of(const c10d::ReduceOp& op, at::ScalarType dtype, const cha
       type && operation,
       "ccl ", name, ": no ", reduction_name(op), " of ", dtype,
       " tensors; convert the tensor or use the gloo backend");
-  return {*operation, *type, op.op_ == c10d::ReduceOp::AVG};
+  const auto element = dtype == at::kFloat ? std::optional(Element::kFloat32)
+      : dtype == at::kBFloat16             ? std::optional(Element::kBfloat16)
+                                           : std::nullopt;
+  return {*operation, *type, op.op_ == c10d::ReduceOp::AVG, element, fold_of(op)};
 }
 
 void check_tensor(const at::Tensor& tensor, const char* name) {
@@ -173,8 +191,16 @@ void TaskBuilder::average(const at::Tensor& tensor) {
 }
 
 WorkPtr TaskBuilder::run(std::function<void(Events&)> submit, bool asynchronous) {
-  // A group of one has no communicator: inputs and outputs are the same memory or copied by the caller.
   task_.submit = std::move(submit);
+  return run_task(asynchronous);
+}
+
+WorkPtr TaskBuilder::run_here(std::function<bool()> advance, bool asynchronous) {
+  task_.advance = std::move(advance);
+  return run_task(asynchronous);
+}
+
+WorkPtr TaskBuilder::run_task(bool asynchronous) {
   if (!finish_.empty()) {
     // The copy back comes last, after any average.
     task_.finish = [steps = std::move(finish_)] {

@@ -5,11 +5,13 @@
 
 namespace falcon {
 
-// How oneCCL sees the elements of a reduction.
+// How oneCCL sees the elements of a reduction, and how the arena of one host does.
 struct Reduction {
   ccl::reduction operation;
   ccl::datatype dtype;
-  bool average = false;  // divided by the group's size at the end: oneCCL has no average on CPUs
+  bool average;                    // divided by the group's size at the end: oneCCL has no average on CPUs
+  std::optional<Element> element;  // none where the arena has no kernel
+  Fold fold;
 };
 
 // Throws c10::TypeError naming dtype and operation where there is no such reduction.
@@ -41,9 +43,13 @@ class TaskBuilder {
   void outputs(Tensors tensors) { task_.outputs = std::move(tensors); }
   void average(const at::Tensor& tensor);
 
+  // `submit` hands the operation to oneCCL; `advance` is one that is carried out here.
   WorkPtr run(std::function<void(Events&)> submit, bool asynchronous);
+  WorkPtr run_here(std::function<bool()> advance, bool asynchronous);
 
  private:
+  WorkPtr run_task(bool asynchronous);
+
   CclBackend& backend_;
   Task task_;
   std::vector<std::function<void()>> finish_;

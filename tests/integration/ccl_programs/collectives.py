@@ -125,8 +125,9 @@ def movement(gloo: dist.ProcessGroup) -> None:
     coalesced_gather()
 
 
-def compare(call: Callable[..., list[torch.Tensor]], dtype: torch.dtype, size: int, gloo: dist.ProcessGroup,
-            what: str) -> None:
+def compare(
+    call: Callable[..., list[torch.Tensor]], dtype: torch.dtype, size: int, gloo: dist.ProcessGroup, what: str
+) -> None:
     """gloo moves the same whole numbers as int64: it does not know every dtype."""
     for found, wanted in zip(call(dtype, size, None), call(torch.int64, size, gloo), strict=True):
         same(found, wanted.to(dtype), what)
@@ -221,7 +222,7 @@ def coalesced_gather() -> None:
         same(out, wanted, "all_gather_into_tensor coalesced")
 
 
-def groups(gloo: dist.ProcessGroup) -> None:  # noqa: ARG001
+def groups(gloo: dist.ProcessGroup) -> None:
     """Sub-groups, many at once and in flight together; objects; works and futures."""
     rank, world = dist.get_rank(), dist.get_world_size()
     parity = [dist.new_group(list(range(start, world, 2))) for start in (0, 1)]

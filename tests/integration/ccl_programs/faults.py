@@ -16,6 +16,12 @@ import torch.distributed as dist
 
 import falcon_dist.ccl  # noqa: F401
 
+WRONG = {
+    "size": torch.ones(999),
+    "large-size": torch.ones(1 << 20),
+    "dtype": torch.ones(1000, dtype=torch.int32),
+}
+
 
 def misbehave(fault: str) -> None:
     """Rank 1."""
@@ -25,12 +31,8 @@ def misbehave(fault: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "absent":
         time.sleep(30)
-    elif fault == "size":
-        dist.all_reduce(torch.ones(999))
-    elif fault == "large-size":
-        dist.all_reduce(torch.ones(1 << 20))
-    elif fault == "dtype":
-        dist.all_reduce(torch.ones(1000, dtype=torch.int32))
+    elif fault in WRONG:
+        dist.all_reduce(WRONG[fault])
     elif fault == "operation":
         dist.broadcast(torch.ones(1000), 0)
     elif fault == "mid-transfer":
