@@ -1,26 +1,26 @@
 """TrainConfig: what to train, on what and how, as frozen values; and how values become one.
 
-Standard library only. A configuration is resolved from layers (defaults < recipe < flags);
-each value keeps the place it came from, so that an error can name it.
+Standard library only. A configuration is resolved from layers (defaults < recipe < flags), see values.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal
 
-from falcon_dist.contract import UserError
+from falcon_dist.values import Value, build, check_known, flatten, keys_of
 
-T = TypeVar("T")
+__all__ = ["TrainConfig", "Value", "build", "check_known", "flatten", "keys_of"]
 
 Precision = Literal["bf16", "bf16-autocast", "fp32"]
 Schedule = Literal["constant", "linear", "cosine"]
 Attention = Literal["sdpa", "eager"]
+Packing = Literal["wrapped", "best-fit", "off"]
+Form = Literal["auto", "text", "prompt-completion", "messages", "sharegpt", "alpaca"]
+Loss = Literal["all", "answers"]
+OnBad = Literal["stop", "skip"]
+TextBy = Literal["line", "paragraph", "document"]
+MixUntil = Literal["first", "all"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,15 +35,58 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ColumnsConfig:
+    """What the columns of the data are called, where they are not called so."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    conversations: str = "conversations"
+    """ShareGPT: a list of {from, value}."""
+    instruction: str = "instruction"
+    input: str = "input"
+    output: str = "output"
+    system: str = "system"
+    """Text put before a talk as the system's turn."""
+    role: str = "role"
+    content: str = "content"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Which text, and how it becomes rows."""
+    """Which text, and how it becomes rows. docs/data.md has every form with an example."""
 
     name: str = "pypi:chitchat-dataset"
-    """A .jsonl file, a hub data set, or "pypi:PACKAGE" for text inside an installed package."""
+    """A file, a folder, a pattern of files, a hub data set, or "pypi:PACKAGE" for text in an installed package."""
+    mix: tuple[str, ...] = ()
+    """Several data sets instead of one, each as "NAME=WEIGHT": records are taken in proportion to the weights."""
+    mix_until: MixUntil = "first"
+    """first: a mix ends with the first of its sets that has no record left; all: shorter ones begin again."""
+    eval_name: str | None = None
+    """A data set of its own for evaluation."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set or a saved one."""
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    revision: str | None = None
+    """Commit of a hub data set."""
+    streaming: bool = False
+    """Read a hub data set as it comes, without a copy of it on disk."""
+    form: Form = "auto"
+    """What a record is; auto: told from its columns, each record by itself."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     text_field: str = "text"
     messages_field: str = "messages"
+    text_by: TextBy = "line"
+    """What a record of a .txt file is."""
+    template: str | None = None
+    """Chat template: one of ours by name ("falcon", "guanaco", "chatml"), a .jinja file or a model; None: the model's."""
+    loss: Loss = "all"
+    """all: every token is learned; answers: only what the assistant says."""
+    human_mark: str = "### Human:"
+    answer_mark: str = "### Assistant:"
+    """In plain text, answers are what stands between this and the next mark."""
+    on_bad: OnBad = "stop"
+    """A record that cannot be used: stop at the first one, or skip all of them and count."""
     key_field: str | None = None
     """Records with an equal value here stay on one side of the train/eval split; None: the record's number."""
     eval_share: float = 0.0
@@ -52,8 +95,16 @@ class DataConfig:
     """Use only the first records; None: all."""
     max_length: int = 512
     """Tokens in a row."""
-    packing: bool = True
-    """True: samples are joined and cut into full rows; False: one sample a row, longer ones cut."""
+    packing: bool | Packing = True
+    """wrapped or true: samples joined and cut into full rows; best-fit: whole samples, as many as a row holds;
+    off or false: one sample a row."""
+
+    @property
+    def packing_kind(self) -> Packing:
+        """``packing`` by its name."""
+        if isinstance(self.packing, bool):
+            return "wrapped" if self.packing else "off"
+        return self.packing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,124 +183,3 @@ class TrainConfig:
     precision: Precision = "bf16"
     """bf16: bf16 weights and compute, exact fp32 master state; bf16-autocast: fp32 weights, bf16 compute; fp32."""
     seed: int = 0
-
-
-class Value(NamedTuple):
-    """One configured value and the place it was written."""
-
-    value: Any
-    source: str
-    """As shown in errors: ``recipes/demo.toml`` or ``--set``."""
-
-
-def flatten(mapping: Mapping[str, Any], source: str, prefix: str = "") -> dict[str, Value]:
-    """Nested tables -> {"data.name": Value(...)}."""
-    flat: dict[str, Value] = {}
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, source, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = Value(value, source)
-    return flat
-
-
-def keys_of(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key a configuration class takes, with its type."""
-    hints = typing.get_type_hints(cls)
-    keys: dict[str, Any] = {}
-    for name in (f.name for f in dataclasses.fields(cls)):
-        if dataclasses.is_dataclass(hints[name]):
-            keys.update(keys_of(hints[name], f"{prefix}{name}."))
-        else:
-            keys[f"{prefix}{name}"] = hints[name]
-    return keys
-
-
-def check_known(values: Mapping[str, Value], known: Iterable[str]) -> None:
-    """Raises UserError for the first key that is not known, with the nearest one that is."""
-    known = list(known)
-    for key, (_, source) in values.items():
-        if key not in known:
-            raise UserError(f'{source}: unknown key "{key}"; {_nearest(key, known)}')
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    tails = {k.rsplit(".", 1)[-1]: k for k in known}
-    near = difflib.get_close_matches(key, known, 1, 0.6)
-    near = near or [tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], tails, 1, 0.6)]
-    return (
-        f'did you mean "{near[0]}"?'
-        if near
-        else f"known sections: {', '.join(sorted({k.split('.')[0] for k in known}))}"
-    )
-
-
-def build(cls: type[T], values: Mapping[str, Value], prefix: str = "") -> T:
-    """A configuration from dotted values; what is not given keeps its default.
-
-    Raises:
-        UserError: a value does not fit its key's type; names source, key, value and what fits.
-    """
-    hints = typing.get_type_hints(cls)
-    given: dict[str, Any] = {}
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        key = f"{prefix}{f.name}"
-        if dataclasses.is_dataclass(hints[f.name]):
-            given[f.name] = build(hints[f.name], values, f"{key}.")
-        elif key in values:
-            given[f.name] = _fit(hints[f.name], values[key], key)
-    return cls(**given)
-
-
-def _fit(kind: Any, value: Value, key: str) -> Any:
-    for choice in _choices(kind):
-        fitted = _fit_one(choice, value.value)
-        if fitted is not _MISFIT:
-            return fitted
-    raise UserError(f'{value.source}: {key} must be {_describe(kind)}: "{value.value}"')
-
-
-_MISFIT = object()
-
-
-def _choices(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-
-
-def _fit_one(kind: Any, raw: Any) -> Any:
-    if kind is type(None):
-        return None if raw is None or raw == "none" else _MISFIT
-    if typing.get_origin(kind) is Literal:
-        return raw if raw in typing.get_args(kind) else _MISFIT
-    if typing.get_origin(kind) is tuple:
-        fits = isinstance(raw, list | tuple) and all(isinstance(x, str) for x in raw)
-        return tuple(raw) if fits else _MISFIT
-    return _fit_scalar(kind, raw)
-
-
-def _fit_scalar(kind: Any, raw: Any) -> Any:
-    if kind is bool:
-        return raw if isinstance(raw, bool) else {"true": True, "false": False}.get(str(raw).lower(), _MISFIT)
-    if kind is float and isinstance(raw, int | float) and not isinstance(raw, bool):
-        return float(raw)
-    if kind is int and isinstance(raw, int) and not isinstance(raw, bool):
-        return raw
-    if kind is str and isinstance(raw, str | int | float):
-        return str(raw)
-    return _MISFIT
-
-
-def _describe(kind: Any) -> str:
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        type(None): '"none"',
-    }
-    parts = []
-    for choice in _choices(kind):
-        literal = typing.get_origin(choice) is Literal
-        options = " or ".join(f'"{x}"' for x in typing.get_args(choice)) if literal else ""
-        parts.append(options or names.get(choice, "a list of texts"))
-    return " or ".join(parts)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from falcon_dist import contract
 from falcon_dist.config import ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.dataset import describe, prepare_rows
@@ -39,15 +42,17 @@ class Prepared:
             ) from error
 
 
-def prepare(config: TrainConfig, run_dir: Path) -> Prepared:
+def prepare(config: TrainConfig, run_dir: Path, env: Mapping[str, str]) -> Prepared:
     """Makes everything ready and writes prepared.json; prints what it did.
 
     Raises:
-        UserError: model or data cannot be used.
+        UserError: model or data cannot be used, or the chosen backend cannot be built here.
     """
+    if env.get(contract.BACKEND) == "ccl":
+        _build_ccl()
     model = find_model(config.model)
     plan = load_config(model, config.model)
-    check_packing(plan, config.data.packing)
+    check_packing(plan, config.data.packing_kind != "off")
     parameters = count_parameters(plan)
     print(f"model: {config.model.name}, {parameters:,} parameters", flush=True)
     store = prepare_rows(config.data, load_tokenizer(model, config.model))
@@ -55,6 +60,15 @@ def prepare(config: TrainConfig, run_dir: Path) -> Prepared:
     prepared = Prepared(model=model, rows=str(store.path), parameters=parameters)
     (run_dir / PREPARED_FILE).write_text(json.dumps(asdict(prepared), indent=1) + "\n")
     return prepared
+
+
+def _build_ccl() -> None:
+    """Compiles the ccl backend now, once a host: ranks would wait for each other's compilers in a collective."""
+    from falcon_dist.ccl import ensure_built
+
+    start = time.monotonic()
+    path = ensure_built()
+    print(f"ccl backend: {path.name}, ready after {time.monotonic() - start:.1f} s", flush=True)
 
 
 def find_model(config: ModelConfig) -> str:

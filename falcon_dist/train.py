@@ -97,7 +97,7 @@ def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Train
     with run.reporter.phase("load"):
         tokenizer = load_tokenizer(run.prepared.model, run.config.model)
         model = load_model(run.prepared.model, run.config.model, run.config.precision)
-        masking.check_packing(model.config, run.config.data.packing)
+        masking.check_packing(model.config, run.config.data.packing_kind != "off")
         chosen = resume_point(run) if resume else None
     before = _measure_base(run, model, tokenizer)
     saved = _fit(run, model, tokenizer, chosen)
@@ -109,7 +109,7 @@ def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Train
         observed_cpus=seen.cpus,
         observed_threads=seen.threads,
         last_step=run.schedule.total_steps,
-        checkpoint=str(saved) if saved else None,
+        checkpoint=str(saved),
         peak_rss_bytes=affinity.peak_rss_bytes(),
         summary={"phases_s": run.reporter.phases, "base": before, "tuned": after},
     )
@@ -118,7 +118,7 @@ def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Train
 
 def _fit(
     run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chosen: checkpoint.Checkpoint | None
-) -> Path | None:
+) -> Path:
     """Trains from the chosen checkpoint, or from the start, to the last step; the last checkpoint's folder."""
     start = chosen.step if chosen else 0
     newest = run.checkpoints / checkpoint.folder_name(run.schedule.total_steps)

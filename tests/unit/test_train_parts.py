@@ -120,7 +120,7 @@ def test_memory_of_falcon_7b() -> None:
         ({"precision": "fp16"}, 'a.toml: precision must be "bf16" or "bf16-autocast" or "fp32": "fp16"'),
         ({"loop": {"max_steps": "ten"}}, 'a.toml: loop.max_steps must be a whole number or "none": "ten"'),
         ({"evaluate": {"prompts": [1]}}, "a.toml: evaluate.prompts must be a list of texts"),
-        ({"data": {"packing": "maybe"}}, 'a.toml: data.packing must be true or false: "maybe"'),
+        ({"data": {"packing": "maybe"}}, 'a.toml: data.packing must be true or false or "wrapped" or "best-fit" or'),
     ],
 )
 def test_configuration_errors_name_source_key_and_cure(values: dict[str, object], message: str) -> None:
