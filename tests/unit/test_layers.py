@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = {
-    "values": ["errors", "cpuset", "redaction", "binding"],
-    "describe": ["hostfile", "topology", "config", "cluster", "plan"],
+    "values": ["errors", "cpuset", "hostnames", "redaction", "binding"],
+    "describe": ["hostfile", "hostselect", "topology", "config", "cluster", "plan"],
     "decide": ["placement", "environment", "planner", "supervise", "report", "record", "render"],
     "act": ["bind", "sysfs", "transport", "child", "discover", "folder", "console", "agent", "run"],
     "enter": ["cli", "verbs"],
