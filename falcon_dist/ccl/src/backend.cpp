@@ -4,6 +4,7 @@
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
 #include <algorithm>
+#include <cstdlib>
 #include <future>
 #include <set>
 
@@ -37,12 +38,13 @@ std::string ranks_text(const std::vector<int64_t>& ranks) {
 }
 
 // oneCCL connects all processes when its first communicator is made and cannot meet new ones later.
-void check_first_group(const std::vector<int64_t>& ranks, const std::string& group) {
+// True for that first group.
+bool check_first_group(const std::vector<int64_t>& ranks, const std::string& group) {
   Groups& all = groups();
   std::lock_guard<std::mutex> guard(all.lock);
   if (all.connected.empty()) {
     all.connected.insert(ranks.begin(), ranks.end());
-    return;
+    return true;
   }
   for (const int64_t rank : ranks) {
     TORCH_CHECK_VALUE(
@@ -51,6 +53,7 @@ void check_first_group(const std::vector<int64_t>& ranks, const std::string& gro
         ranks_text({all.connected.begin(), all.connected.end()}),
         "): open the group of all ranks first, with init_process_group(\"ccl\")");
   }
+  return false;
 }
 
 }  // namespace
@@ -78,10 +81,16 @@ CclBackend::CclBackend(c10::intrusive_ptr<c10d::Store> store, int rank, int size
   }
   executor_ = std::make_unique<Executor>(settings.group, global_ranks_.at(rank), peers_);
   if (size > 1) {
-    check_first_group(global_ranks_, settings.group);
+    const bool first = check_first_group(global_ranks_, settings.group);
     options_->timeout = settings.timeout - std::chrono::duration_cast<milliseconds>(Clock::now() - started);
     connect(store);
     options_->timeout = settings.timeout;
+    const char* workers = std::getenv("CCL_WORKER_COUNT");
+    if (first && (!workers || std::string(workers) == "1")) {
+      // Opening the group sent a message between any two endpoints when there is one per rank.
+      peers_->meet("connected", settings.timeout);
+      remove_shared_names();
+    }
   }
   std::lock_guard<std::mutex> guard(groups().lock);
   groups().live.insert(this);

@@ -1,5 +1,7 @@
 #include "library.h"
 
+#include <dirent.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -37,11 +39,27 @@ void leave_poisoned(int status, void*) {
     std::fprintf(stderr, "ccl: exit code 0 becomes 1, a collective had failed: %s\n", self.poisoned_by.c_str());
     status = 1;
   }
+  remove_shared_names();
   std::fflush(nullptr);
   _exit(status);
 }
 
 }  // namespace
+
+void remove_shared_names() {
+  const std::string own = std::to_string(getpid()) + ":";
+  DIR* const folder = opendir("/dev/shm");
+  if (!folder) {
+    return;
+  }
+  while (const dirent* const entry = readdir(folder)) {
+    const std::string name = entry->d_name;
+    if (name.rfind(own, 0) == 0) {
+      shm_unlink(("/" + name).c_str());
+    }
+  }
+  closedir(folder);
+}
 
 void watch_all() {
   for (;;) {
@@ -58,6 +76,7 @@ void watch_all() {
             one->group_.c_str(),
             one->operation_.load(),
             static_cast<unsigned long long>(one->sequence_.load()));
+        remove_shared_names();
         std::fflush(nullptr);
         _exit(1);
       }

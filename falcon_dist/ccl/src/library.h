@@ -42,4 +42,8 @@ class Watched {
 void poison(const std::string& reason);
 bool poisoned();
 
+// libfabric's shm provider makes a file of 64 MiB in /dev/shm per endpoint and leaves it there when its
+// process is killed. Once all ranks have mapped each other's, the names are not needed any more.
+void remove_shared_names();
+
 }  // namespace falcon

@@ -133,6 +133,13 @@ bool Peers::map_memory(milliseconds timeout) {
   return true;
 }
 
+void Peers::meet(const char* place, milliseconds timeout) {
+  store_->set(key(place, rank_), to_bytes("here"));
+  for (int other = 0; other < static_cast<int>(names_.size()); ++other) {
+    await(*store_, key(place, other), timeout);
+  }
+}
+
 Peers::~Peers() {
   for (const int descriptor : pidfds_) {
     if (descriptor >= 0) {

@@ -27,6 +27,9 @@ class Peers {
   Peers(const Peers&) = delete;
   Peers& operator=(const Peers&) = delete;
 
+  // Waits until every rank has come to the place of this name. Throws what the store throws.
+  void meet(const char* place, milliseconds timeout);
+
   // The fast way for all_reduce; null unless all ranks of the group share this host and its memory.
   Arena* arena() { return arena_ ? &*arena_ : nullptr; }
 
