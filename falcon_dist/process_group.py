@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import os
 from collections.abc import Iterator, Mapping
 
@@ -27,8 +28,7 @@ def open_group(world: World, env: Mapping[str, str] = os.environ) -> Iterator[No
         UserError: the backend is not known, or the group is not the world that was launched.
     """
     backend = env.get(contract.BACKEND, "gloo")
-    if backend != "gloo":
-        raise UserError(f'backend: this build has "gloo" only: "{backend}"; use --backend gloo')
+    _enter(backend)
     store = _store(world, env)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=TIMEOUT)
     try:
@@ -36,6 +36,14 @@ def open_group(world: World, env: Mapping[str, str] = os.environ) -> Iterator[No
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _enter(backend: str) -> None:
+    """Makes the backend known to torch.distributed."""
+    if backend == "ccl":
+        importlib.import_module("falcon_dist.ccl")
+    elif backend != "gloo":
+        raise UserError(f'backend: must be "gloo" or "ccl": "{backend}"; use --backend')
 
 
 def _store(world: World, env: Mapping[str, str]) -> Store:

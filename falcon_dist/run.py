@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +66,7 @@ def opening_lines(run: Run) -> list[str]:
     ]
 
 
-def closing_lines(run: Run, before: dict[str, Any], after: dict[str, Any], saved: Path | None) -> list[str]:
+def closing_lines(run: Run, before: dict[str, Any], after: dict[str, Any], saved: Path) -> list[str]:
     """The run's result for a person."""
     lines = []
     for name, figures in (("base", before), ("tuned", after)):
@@ -75,6 +77,16 @@ def closing_lines(run: Run, before: dict[str, Any], after: dict[str, Any], saved
         for name, figures in (("base", before), ("tuned", after)):
             with suppress(KeyError):
                 lines.append(f"  {name + ':':6} {figures['answers'][prompt]}")
-    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run.reporter.phases.items())
-    lines += [f"time: {phases}", f"checkpoint: {saved}", f"chat with it: falcon chat {saved}"]
+    lines.append(f"chat with it: {_command('falcon')} chat {_shown(saved)}")
     return lines
+
+
+def _command(name: str) -> str:
+    """How a person starts one of our commands from here: by name where PATH has it, else by its place."""
+    beside = Path(sys.executable).parent / name
+    return name if shutil.which(name) or not beside.is_file() else _shown(beside)
+
+
+def _shown(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

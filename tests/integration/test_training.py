@@ -128,6 +128,19 @@ def test_one_rank_and_two_ranks_train_the_same_rows(two_ranks, tmp_path: Path) -
         assert alone[step]["loss"] == pytest.approx(together[step]["loss"], rel=0.01)
 
 
+def test_ccl_trains_the_same_rows_to_the_same_loss(two_ranks, tmp_path: Path) -> None:
+    """The same run over the other backend, whichever of the two `auto` took for the first."""
+    run = only_run(two_ranks[0])
+    other = {"ccl": "gloo", "gloo": "ccl"}[json.loads((run / "plan.json").read_text())["backend"]]
+    recipe = write_inputs(tmp_path)
+    done = launch(tmp_path, "--nproc-per-node", "2", "--recipe", str(recipe), "--backend", other)
+    assert done.returncode == 0, done.stdout + done.stderr
+    mine, theirs = step_records(run), step_records(only_run(tmp_path))
+    for step in range(1, 9):
+        assert mine[step]["rows"] == theirs[step]["rows"]
+        assert mine[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-3)
+
+
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
     file = run / "attempt_1" / "rank_0000" / "steps.jsonl"
     deadline = time.monotonic() + 120
