@@ -79,7 +79,7 @@ class DataConfig:
     text_by: TextBy = "line"
     """What a record of a .txt file is."""
     template: str | None = None
-    """Chat template: one of ours by name ("falcon", "guanaco", "chatml"), a .jinja file or a model; None: the model's."""
+    """Chat template: "falcon", "guanaco" or "chatml", a .jinja file or a model; None: the model's own."""
     loss: Loss = "all"
     """all: every token is learned; answers: only what the assistant says."""
     human_mark: str = "### Human:"

@@ -1,31 +1,77 @@
-"""Records -> packed store: text of each record, tokens, split by key, rows, counts.
+"""Data sets -> packed store: passages, tokens, split by key, rows, counts; in one pass and bounded memory.
 
 Runs once per host before any process group exists; ranks only map the result.
 """
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from falcon_dist.config import DataConfig
 from falcon_dist.contract import UserError
+from falcon_dist.encode import encode
+from falcon_dist.forms import passage_of
 from falcon_dist.packaged import cache_folder
-from falcon_dist.packing import Sample, Tally, held_out, pack
-from falcon_dist.records import Record, Source, find_source
+from falcon_dist.packing import Forecast, Packer, Sample, held_out
+from falcon_dist.readers import Item
+from falcon_dist.records import BadRecord, Fault, Passage, Record
 from falcon_dist.rows import MANIFEST, PackedStore, Parts, write_store
+from falcon_dist.sources import Source, find_eval_source, find_sources, mixed
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Rises when the same text would become other rows, or the store tells other facts."""
+SKIPPED_FILE: Final = "skipped.jsonl"
+"""In the store: every record that was left out, with its place and the reason."""
 _BATCH: Final = 512
-"""Records tokenised at once."""
+"""Passages tokenised at once."""
+_PLACES: Final = 5
+"""Places of left-out records that are told for each reason; the file has all."""
+_WHERE_FROM: Final = ("name", "mix", "eval_name", "split", "subset", "revision", "streaming", "on_bad")
+"""Settings that only say where records come from: their content's hash stands for them."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Material:
+    """All that a store is made of."""
+
+    config: DataConfig
+    sources: list[Source]
+    eval_source: Source | None
+    tokenizer: PreTrainedTokenizerBase
+
+    def recipe(self) -> dict[str, Any]:
+        """All that decides the bytes of the store."""
+        told = self.tokenizer.backend_tokenizer.to_str()
+        vocabulary = f"{told}\0{self.tokenizer.chat_template}\0{self.tokenizer.eos_token}"
+        return {
+            "format": FORMAT,
+            "sources": [[source.digest, source.weight] for source in self.sources],
+            "eval_source": self.eval_source.digest if self.eval_source else None,
+            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            **{key: value for key, value in asdict(self.config).items() if key not in _WHERE_FROM},
+            "packing": self.config.packing_kind,
+            "skip": self.config.on_bad == "skip",
+        }
+
+
+class Found(NamedTuple):
+    """A record that is of use, on its side of the split."""
+
+    number: int
+    """Its place in the stream of all records."""
+    held: bool
+    passage: Passage
 
 
 def prepare_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PackedStore:
@@ -34,127 +80,173 @@ def prepare_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Pack
     Raises:
         UserError: the data is missing, empty or has a record that cannot be used.
     """
-    check_data(config)
-    source = find_source(config)
-    recipe = _recipe(config, source, tokenizer)
+    material = gather(config, tokenizer)
+    recipe = material.recipe()
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "rows" / digest[:32]
     if not (path / MANIFEST).is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_store(path, lambda parts: _fill(config, source, tokenizer, recipe, parts))
+        write_store(path, lambda parts: _fill(material, recipe, parts))
     return PackedStore.open(path)
 
 
-def check_data(config: DataConfig) -> None:
-    """Raises UserError for settings that no data can satisfy."""
+def gather(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Material:
+    """Finds and hashes the data.
+
+    Raises:
+        UserError: a setting that no data can satisfy, or data that is not there.
+    """
     if config.max_length < 2:
         raise UserError(f'data.max_length must be at least 2: "{config.max_length}"')
     if not 0 <= config.eval_share < 1:
         raise UserError(f'data.eval_share must be from 0 to below 1: "{config.eval_share}"')
-
-
-def _recipe(config: DataConfig, source: Source, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All that decides the bytes of the store."""
-    vocabulary = f"{tokenizer.backend_tokenizer.to_str()}\0{tokenizer.chat_template}\0{tokenizer.eos_token}"
-    return {
-        "format": FORMAT,
-        "source": source.digest,
-        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "max_length": config.max_length,
-        "packing": config.packing,
-        "fields": [config.text_field, config.messages_field, config.key_field],
-        "eval_share": config.eval_share,
-        "max_records": config.max_records,
-    }
-
-
-def _fill(
-    config: DataConfig, source: Source, tokenizer: PreTrainedTokenizerBase, recipe: Mapping[str, Any], parts: Parts
-) -> dict[str, Any]:
-    facts: dict[str, Any] = {"recipe": dict(recipe), "max_length": config.max_length, "source": source.name}
-    for name, writer in parts.items():
-        # The file is read once for each side: twice the reading, but no list of rows is ever held.
-        tally = Tally()
-        samples = _samples(source, config, tokenizer, held=name == "eval")
-        pad = tokenizer.pad_token_id
-        writer.write(pack(samples, length=config.max_length, join=config.packing, pad=pad, tally=tally))
-        facts[name] = asdict(tally)
-    return facts
-
-
-def _samples(source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, held: bool) -> Iterator[Sample]:
-    numbered = enumerate(source.records(config))
-    mine = ((n, r) for n, r in numbered if held_out(_key(r, n, config), config.eval_share) == held)
-    for batch in _batches(mine):
-        texts = [record_text(record, config, tokenizer) for _, record in batch]
-        for (number, _), tokens in zip(batch, _tokenise(texts, tokenizer), strict=True):
-            yield Sample(record=number, tokens=tokens, mask=np.ones(len(tokens), np.uint8))
-
-
-def _batches(numbered: Iterable[tuple[int, Record]]) -> Iterator[list[tuple[int, Record]]]:
-    numbered = iter(numbered)
-    while batch := list(itertools.islice(numbered, _BATCH)):
-        yield batch
-
-
-def _key(record: Record, number: int, config: DataConfig) -> str:
-    if config.key_field is None:
-        return str(number)
-    if config.key_field not in record.values:
-        raise UserError(f'{record.place}: record has no key field: "{config.key_field}"; set data.key_field')
-    return str(record.values[config.key_field])
-
-
-def record_text(record: Record, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The record as the model will see it: its text, or its messages through the chat template.
-
-    Raises:
-        UserError: it has neither, the messages are not of that form, or there is no template.
-    """
-    text = record.values.get(config.text_field)
-    if isinstance(text, str) and text:
-        return text
-    messages = record.values.get(config.messages_field)
-    if isinstance(messages, list) and messages:
-        return render_messages(messages, tokenizer, record.place)
-    found = ", ".join(f'"{k}"' for k in record.values) or "nothing"
-    raise UserError(
-        f'{record.place}: record has neither text in "{config.text_field}" nor messages in '
-        f'"{config.messages_field}": found {found}; set data.text_field or data.messages_field'
+    if not (config.human_mark and config.answer_mark):
+        raise UserError("data.human_mark and data.answer_mark must not be empty")
+    return Material(
+        config=config,
+        sources=find_sources(config),
+        eval_source=find_eval_source(config),
+        tokenizer=tokenizer,
     )
 
 
-def render_messages(messages: list[Any], tokenizer: PreTrainedTokenizerBase, place: str) -> str:
-    """Messages -> text through the model's own template.
+class Skipped:
+    """Records that cannot be used: the first one ends it all, or they are counted and written down."""
 
-    Raises:
-        UserError: a message lacks role or content, or the model brings no template.
-    """
-    for message in messages:
-        fits = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
-        if not fits:
-            raise UserError(f'{place}: a message needs "role" and "content" as text: {json.dumps(message)[:60]}')
-    if not tokenizer.chat_template:
-        raise UserError(f"{place}: the model has no chat template for messages; give records with text")
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    def __init__(self, file: Path | None, *, stop: bool) -> None:
+        self._file = file
+        self._stop = stop
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._places: dict[str, list[str]] = collections.defaultdict(list)
+
+    def add(self, fault: Fault) -> None:
+        """Raises UserError where data.on_bad says stop."""
+        if self._stop:
+            raise UserError(str(fault))
+        self._counts[fault.reason] += 1
+        if self._counts[fault.reason] <= _PLACES:
+            self._places[fault.reason].append(fault.place)
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(json.dumps(asdict(fault), ensure_ascii=False) + "\n")
+
+    def facts(self) -> dict[str, Any]:
+        """{reason: how many, the first places}."""
+        return {reason: {"count": n, "places": self._places[reason]} for reason, n in self._counts.most_common()}
 
 
-def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray[Any, np.dtype[np.int32]]]:
-    """Token ids of each text, an end-of-text token behind it where it has none yet."""
-    end = tokenizer.eos_token_id
-    for text, ids in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
-        closed = text.rstrip().endswith(tokenizer.eos_token)
-        yield np.asarray(ids if closed else [*ids, end], np.int32)
+def _fill(material: Material, recipe: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
+    config = material.config
+    pad = material.tokenizer.pad_token_id
+    packers = {name: Packer(config.packing_kind, length=config.max_length, pad=pad) for name in parts}
+    forecast = Forecast(config.max_length)
+    skipped = Skipped(parts["train"].folder.parent / SKIPPED_FILE, stop=config.on_bad == "stop")
+    taken: collections.Counter[str] = collections.Counter()
+    for held, sample in _samples(material, skipped, taken):
+        name = "eval" if held else "train"
+        parts[name].write(packers[name].add(sample))
+        if not held:
+            forecast.add(len(sample.tokens))
+    for name, packer in packers.items():
+        parts[name].write(packer.finish())
+    return {
+        "recipe": dict(recipe),
+        "max_length": config.max_length,
+        "taken": dict(taken),
+        "skipped": skipped.facts(),
+        "forecast": forecast.result(),
+        **{name: asdict(packer.tally) for name, packer in packers.items()},
+    }
+
+
+def _samples(material: Material, skipped: Skipped, taken: collections.Counter[str]) -> Iterator[tuple[bool, Sample]]:
+    for batch in batches(find_passages(material, skipped, taken), _BATCH):
+        encoded = encode([found.passage for found in batch], material.tokenizer)
+        for found, (tokens, mask) in zip(batch, encoded, strict=True):
+            yield found.held, Sample(record=found.number, tokens=tokens, mask=mask)
+
+
+def find_passages(material: Material, skipped: Skipped, taken: collections.Counter[str]) -> Iterator[Found]:
+    """Every record of use in order; ``taken`` counts those of each source, ``skipped`` learns of the others."""
+    config = material.config
+    for number, (name, key, item) in enumerate(_stream(material)):
+        if isinstance(item, Fault):
+            skipped.add(item)
+            continue
+        try:
+            held = key is None or held_out(_key(item, key, config), config.eval_share)
+            passage = passage_of(item.values, config, material.tokenizer)
+        except BadRecord as bad:
+            skipped.add(Fault.of(item.place, bad))
+            continue
+        except UserError as error:
+            raise UserError(f"{item.place}: {error}") from error
+        taken[name] += 1
+        yield Found(number, held, passage)
+
+
+def _stream(material: Material) -> Iterator[tuple[str, str | None, Item]]:
+    """(source, key of the split where the record has none of its own, record); no key: held out in any case."""
+    single = len(material.sources) == 1
+    stream = mixed(material.sources, material.config.mix_until)
+    for source, number, item in itertools.islice(stream, material.config.max_records):
+        yield material.sources[source].name, str(number) if single else f"{source}/{number}", item
+    if material.eval_source:
+        yield from ((material.eval_source.name, None, item) for item in material.eval_source.items())
+
+
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to ``size`` items."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def _key(record: Record, number: str, config: DataConfig) -> str:
+    if config.key_field is None:
+        return number
+    if config.key_field not in record.values:
+        raise BadRecord("record has no key field", f'"{config.key_field}"', "set data.key_field")
+    return str(record.values[config.key_field])
 
 
 def describe(store: PackedStore) -> list[str]:
     """The counts of a store as lines for a person."""
-    lines = []
-    for name in ("train", "eval"):
-        f = store.facts[name]
-        cut = f", {f['cut_tokens']:,} tokens cut off" if f["cut_tokens"] else ""
-        lines.append(
-            f"{name}: {f['samples']:,} records, {f['tokens']:,} tokens -> {f['rows']:,} rows of "
-            f"{store.facts['max_length']}, {f['padding_tokens']:,} padding tokens{cut}"
-        )
+    lines = [_side_line(name, store.facts[name], store.facts["max_length"]) for name in ("train", "eval")]
+    lines.append(_packing_line(store.facts["forecast"], store.facts["recipe"]["packing"]))
+    if len(store.facts["taken"]) > 1:
+        lines.append("mixed: " + ", ".join(f"{n:,} records of {name}" for name, n in store.facts["taken"].items()))
+    skipped = store.facts["skipped"]
+    lines += [_skipped_line(reason, told) for reason, told in skipped.items()]
+    if skipped:
+        lines.append(f"skipped records, all of them: {store.path / SKIPPED_FILE}")
     return lines
+
+
+def _side_line(name: str, f: Mapping[str, int], length: int) -> str:
+    share = f"{f['loss_tokens'] / max(1, f['tokens'] - f['cut_tokens']):.1%} with loss"
+    cut = f", {f['cut_tokens']:,} tokens cut off" if f["cut_tokens"] else ""
+    silent = f", {f['silent_rows']:,} rows without loss" if f["silent_rows"] else ""
+    return (
+        f"{name}: {f['samples']:,} records, {f['tokens']:,} tokens, {share} -> {f['rows']:,} rows of "
+        f"{length}, {f['padding_tokens']:,} padding tokens{cut}{silent}"
+    )
+
+
+def _packing_line(forecast: Mapping[str, Mapping[str, int]], chosen: str) -> str:
+    ways: dict[str, Callable[[Mapping[str, int]], str]] = {
+        "wrapped": lambda f: f"{f['broken']:,} records broken over rows",
+        "best-fit": lambda f: f"{f['cut']:,} tokens cut off",
+        "off": lambda f: f"{f['cut']:,} tokens cut off",
+    }
+    texts = [
+        f"{way}{' (chosen)' if way == chosen else ''} {forecast[way]['rows']:,} rows, "
+        f"{forecast[way]['padding']:,} padding, {tell(forecast[way])}"
+        for way, tell in ways.items()
+    ]
+    return "packing: " + "; ".join(texts)
+
+
+def _skipped_line(reason: str, told: Mapping[str, Any]) -> str:
+    more = f" and {told['count'] - len(told['places']):,} more" if told["count"] > len(told["places"]) else ""
+    return f"skipped {told['count']:,} records: {reason} ({', '.join(told['places'])}{more})"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from falcon_dist import contract
+from falcon_dist.chat_template import set_template
 from falcon_dist.config import ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.dataset import describe, prepare_rows
@@ -55,7 +56,9 @@ def prepare(config: TrainConfig, run_dir: Path, env: Mapping[str, str]) -> Prepa
     check_packing(plan, config.data.packing_kind != "off")
     parameters = count_parameters(plan)
     print(f"model: {config.model.name}, {parameters:,} parameters", flush=True)
-    store = prepare_rows(config.data, load_tokenizer(model, config.model))
+    tokenizer = load_tokenizer(model, config.model)
+    set_template(tokenizer, config.data.template)
+    store = prepare_rows(config.data, tokenizer)
     print("\n".join(describe(store)), flush=True)
     prepared = Prepared(model=model, rows=str(store.path), parameters=parameters)
     (run_dir / PREPARED_FILE).write_text(json.dumps(asdict(prepared), indent=1) + "\n")

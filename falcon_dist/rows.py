@@ -1,7 +1,7 @@
 """The packed store: fixed rows on disk, mapped into memory, under one manifest hash.
 
-A store is a folder: {train,eval}/{tokens,records,mask}.bin and manifest.json. Arrays are raw little-endian
-[rows, max_length]: tokens and records int32, mask uint8.
+A store is a folder: {train,eval}/{tokens,records,mask}.bin, manifest.json, and skipped.jsonl where records were
+left out. Arrays are raw little-endian [rows, max_length]: tokens and records int32, mask uint8.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from falcon_dist import affinity, checkpoint, contract, masking, train_state
+from falcon_dist.chat_template import set_template
 from falcon_dist.config import TrainConfig
 from falcon_dist.contract import RankResult
 from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
@@ -96,6 +97,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
 def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Trained:
     with run.reporter.phase("load"):
         tokenizer = load_tokenizer(run.prepared.model, run.config.model)
+        set_template(tokenizer, run.config.data.template)
         model = load_model(run.prepared.model, run.config.model, run.config.precision)
         masking.check_packing(model.config, run.config.data.packing_kind != "off")
         chosen = resume_point(run) if resume else None

@@ -1,4 +1,7 @@
-"""Dotted values from layers -> a frozen configuration; each value keeps the place it was written. Standard library only."""
+"""Dotted values from layers -> a frozen configuration; each value keeps where it was written.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import TEXT, make_tokenizer
 
-from falcon_dist.config import DataConfig
+from falcon_dist.config import DataConfig, MixUntil
 from falcon_dist.contract import UserError
 from falcon_dist.dataset import describe, prepare_rows
 from falcon_dist.rows import PackedStore
@@ -136,3 +136,122 @@ def test_missing_key_field_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "d.jsonl", [{"text": "a"}])
     with pytest.raises(UserError, match=r'd.jsonl:1: record has no key field: "conv"'):
         prepare_rows(DataConfig(name=str(file), key_field="conv", eval_share=0.5), make_tokenizer())
+
+
+def test_records_that_cannot_be_used_are_counted_with_reason_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"text": "good"}\n{oops\n{"prompt": "a"}\n\n[1]\n{"text": "fine"}\n')
+    with pytest.raises(UserError, match=r"d.jsonl:2: not a JSON object"):
+        prepare_rows(DataConfig(name=str(file)), make_tokenizer())
+    store = prepare_rows(DataConfig(name=str(file), on_bad="skip"), make_tokenizer())
+    assert store.facts["train"]["samples"] == 2
+    told = "\n".join(describe(store))
+    assert f"skipped 2 records: not a JSON object ({file}:2, {file}:5)" in told
+    assert f'skipped 1 records: record has neither text in "text" nor messages in "messages" ({file}:3)' in told
+    written = [json.loads(line) for line in (store.path / "skipped.jsonl").read_text().splitlines()]
+    assert [fault["place"] for fault in written] == [f"{file}:2", f"{file}:3", f"{file}:5"]
+
+
+def test_only_the_first_places_are_printed_and_all_are_written(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"text": "good"}\n' + "no\n" * 30)
+    store = prepare_rows(DataConfig(name=str(file), on_bad="skip"), make_tokenizer())
+    assert f"{file}:6 and 25 more)" in describe(store)[3]
+    assert len((store.path / "skipped.jsonl").read_text().splitlines()) == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.csv", "a,text\n1,x\n2\n", "d.csv:3: row has fewer fields than the header"),
+        ("d.csv", "a,text\n1,x,y\n", 'd.csv:2: row has more fields than the header: "y"'),
+        ("d.csv", 'a,text\n1,"x\ny"\n2\n', "d.csv:4: row has fewer fields than the header"),
+        ("d.csv", 'a,text\n1,"x"y\n', "d.csv:2: not a CSV row"),
+        ("d.json", '[{"text": "a"}, 3]', 'd.json[1]: not a JSON object: "3"'),
+        ("d.json", '{"text": "a"}\n{"text": "b"}', "d.json: not JSON: "),
+        ("d.json", '{"a": 1}', "d.json: a .json file must hold one list of objects"),
+        ("d.parquet", "no parquet at all", "d.parquet: not a parquet file"),
+        ("d.jsonl.gz", "no gzip", "d.jsonl.gz: not a whole gzip file"),
+        ("d.docx", "", "no file to read"),
+        ("d.jsonl", '{"conversations": [{"from": "gpt"}]}', 'd.jsonl:1: a message needs "role" and "content"'),
+        ("d.jsonl", '{"prompt": "a", "completion": ""}', 'd.jsonl:1: "completion" is empty'),
+    ],
+)
+def test_every_format_names_what_is_wrong_and_where(tmp_path: Path, name: str, content: str, message: str) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(UserError) as error:
+        prepare_rows(DataConfig(name=str(file)), make_tokenizer())
+    assert message in str(error.value)
+
+
+def test_text_that_is_no_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "d.txt"
+    file.write_bytes(b"caf\xe9\n")
+    with pytest.raises(UserError, match=r"d.txt: not UTF-8 text: .*0xe9"):
+        prepare_rows(DataConfig(name=str(file)), make_tokenizer())
+
+
+def test_answers_alone_need_an_answer(tmp_path: Path) -> None:
+    file = write(tmp_path / "d.jsonl", [{"text": TEXT[0]}, {"text": "No marks here."}])
+    with pytest.raises(UserError, match=r'd.jsonl:2: no answer to learn from: no text behind "### Assistant:"'):
+        prepare_rows(DataConfig(name=str(file), loss="answers"), make_tokenizer())
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r'talks.jsonl:1: the model has no chat template .* data.template="falcon"'):
+        prepare_rows(DataConfig(name=str(write(tmp_path / "talks.jsonl", [talk(0)]))), tokenizer)
+
+
+def mix(tmp_path: Path, until: MixUntil, weights: tuple[int, int]) -> dict[str, int]:
+    files = [
+        write(tmp_path / f"{n}.jsonl", [{"text": f"{n}{i}"} for i in range(size)]) for n, size in (("a", 30), ("b", 5))
+    ]
+    names = tuple(f"{file}={weight}" for file, weight in zip(files, weights, strict=True))
+    store = prepare_rows(DataConfig(mix=names, mix_until=until, max_length=8), make_tokenizer())
+    return {Path(name).stem: count for name, count in store.facts["taken"].items()}
+
+
+def test_data_sets_are_mixed_by_weight(tmp_path: Path) -> None:
+    assert mix(tmp_path, "first", (3, 1)) == {"a": 18, "b": 5}
+    assert mix(tmp_path, "first", (10, 1)) == {"a": 30, "b": 3}
+    assert mix(tmp_path, "all", (1, 1)) == {"a": 30, "b": 30}
+
+
+def test_repeated_records_of_a_mix_stay_on_their_side_of_the_split(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path / f"{n}.jsonl", [{"text": f"{n}{i}."} for i in range(size)]) for n, size in (("a", 60), ("b", 7))
+    ]
+    config = DataConfig(
+        mix=tuple(f"{f}=1" for f in files), mix_until="all", eval_share=0.5, packing="off", max_length=8
+    )
+    tokenizer = make_tokenizer()
+    store = prepare_rows(config, tokenizer)
+    sides = [
+        {tokenizer.decode(row[ids >= 0]) for row, ids in zip(part.tokens, part.records, strict=True)}
+        for part in (store.train, store.evaluation)
+    ]
+    assert len(sides[0] | sides[1]) == 67
+    assert not sides[0] & sides[1]
+
+
+def test_evaluation_can_have_its_own_data_set(tmp_path: Path) -> None:
+    train, other = (write(tmp_path / f"{n}.jsonl", [{"text": n}] * size) for n, size in (("train", 4), ("other", 2)))
+    store = prepare_rows(
+        DataConfig(name=str(train), eval_name=str(other), packing="off", max_length=8), make_tokenizer()
+    )
+    assert (store.facts["train"]["samples"], store.facts["eval"]["samples"]) == (4, 2)
+    assert (len(store.train), len(store.evaluation)) == (4, 2)
+
+
+@pytest.mark.parametrize("item", ["a.jsonl", "a.jsonl=0", "a.jsonl=x", "=1", "a.jsonl=inf"])
+def test_mix_needs_names_and_weights(item: str) -> None:
+    with pytest.raises(UserError, match=f'data.mix: not of the form NAME=WEIGHT .*"{item}"'):
+        prepare_rows(DataConfig(mix=(item,)), make_tokenizer())
+
+
+def test_waste_of_every_way_to_pack_is_told(tmp_path: Path) -> None:
+    file = write(tmp_path / "texts.jsonl", [{"text": t} for t in TEXT * 3])
+    line = describe(prepare_rows(DataConfig(name=str(file), max_length=64, packing="best-fit"), make_tokenizer()))[2]
+    assert line.startswith("packing: wrapped ")
+    assert "best-fit (chosen)" in line
+    assert line.count("padding") == 3

@@ -1,0 +1,174 @@
+"""Where records come from: local files and folders, hub data sets, packaged text; and several of them mixed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from falcon_dist.config import DataConfig, MixUntil
+from falcon_dist.contract import UserError
+from falcon_dist.packaged import PREFIX, packaged_text
+from falcon_dist.readers import READERS, Item, kind_of, read_file
+from falcon_dist.records import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A readable set of records and the hash of its content."""
+
+    name: str
+    digest: str
+    read: Callable[[], Iterator[Item]]
+    """Begins again from the first record at each call."""
+    weight: float = 1.0
+
+    def items(self) -> Iterator[Item]:
+        """Every record in order.
+
+        Raises:
+            UserError: there is none at all.
+        """
+        item = None
+        for item in self.read():
+            yield item
+        if item is None:
+            raise UserError(f'data.name: no record in "{self.name}"; give a file with one JSON object a line')
+
+
+def find_sources(config: DataConfig) -> list[Source]:
+    """The data sets that are trained on, weighted.
+
+    Raises:
+        UserError: one of them does not exist, or data.mix is not of its form.
+    """
+    return [_find(name, config, weight) for name, weight in map(_weighted, config.mix)] or [_find(config.name, config)]
+
+
+def find_eval_source(config: DataConfig) -> Source | None:
+    """The data set that is only evaluated on, where there is one of its own."""
+    return _find(config.eval_name, config) if config.eval_name else None
+
+
+def _weighted(item: str) -> tuple[str, float]:
+    name, _, text = item.rpartition("=")
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not name or not 0 < weight < float("inf"):
+        raise UserError(f'data.mix: not of the form NAME=WEIGHT with a weight above 0: "{item}"')
+    return name, weight
+
+
+def mixed(sources: Sequence[Source], until: MixUntil) -> Iterator[tuple[int, int, Item]]:
+    """(number of the source, number of the record in it, the record), in proportion to the weights.
+
+    The source that is furthest behind its share comes next, so that every stretch has the proportions of the
+    whole. A record that comes again has the same number again.
+    """
+    streams = [enumerate(source.items()) for source in sources]
+    taken = [0] * len(sources)
+    ended: set[int] = set()
+    while True:
+        due = min(range(len(sources)), key=lambda i: (taken[i] + 1) / sources[i].weight)
+        found = next(streams[due], None)
+        if found is None:
+            ended.add(due)
+            if until == "first" or len(ended) == len(sources):
+                return
+            streams[due] = enumerate(sources[due].items())
+            continue
+        taken[due] += 1
+        yield due, *found
+
+
+def _find(name: str, config: DataConfig, weight: float = 1.0) -> Source:
+    if name.startswith(PREFIX):
+        return _files_source(name, [packaged_text(name)], config, weight)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder_source(path, config, weight)
+    if path.is_file():
+        return _files_source(name, [path], config, weight)
+    if any(sign in name for sign in "*?["):
+        return _files_source(name, sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))), config, weight)
+    if kind_of(path) in READERS or name.startswith((".", "/", "~")):
+        raise UserError(f'data.name: no such file: "{name}"; give the path of a file or folder, or a hub name')
+    return _hub_source(name, config, weight)
+
+
+def _files_source(name: str, paths: list[Path], config: DataConfig, weight: float) -> Source:
+    known = [path for path in paths if kind_of(path) in READERS]
+    if not known:
+        raise UserError(
+            f'data.name: no file to read in "{name}"; known formats: {", ".join(READERS)}, each also as .gz'
+        )
+
+    def read() -> Iterator[Item]:
+        for path in known:
+            yield from read_file(path, config.text_by)
+
+    return Source(name, _digest(known), read, weight)
+
+
+def _folder_source(path: Path, config: DataConfig, weight: float) -> Source:
+    """A folder that ``datasets`` saved, or one with data files in it."""
+    if not any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+        return _files_source(str(path), sorted(p for p in path.iterdir() if p.is_file()), config, weight)
+
+    def read() -> Iterator[Item]:
+        return _numbered(str(path), _from_disk(path, config.split))
+
+    return Source(str(path), _digest(sorted(p for p in path.rglob("*") if p.is_file())), read, weight)
+
+
+def _from_disk(path: Path, split: str) -> Any:
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f'data.name: cannot load "{path}": {_first_line(error)}') from error
+    if not isinstance(found, dict):
+        return found
+    if split not in found:
+        raise UserError(f'data.split: no such split in "{path}": "{split}"; it has {", ".join(found)}')
+    return found[split]
+
+
+def _digest(paths: list[Path]) -> str:
+    """sha256 over the files' bytes, in order."""
+    whole = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def _hub_source(name: str, config: DataConfig, weight: float) -> Source:
+    import datasets
+
+    try:
+        if config.streaming:
+            builder = datasets.load_dataset_builder(name, config.subset, revision=config.revision)
+            rows = builder.as_streaming_dataset(split=config.split)
+            # Content is not there to be hashed: the builder's hash stands for the commit it will read.
+            told = f"{name}/{builder.config.name}/{config.split}/{builder.hash}"
+        else:
+            rows = datasets.load_dataset(name, config.subset, split=config.split, revision=config.revision)
+            told = rows._fingerprint
+    except (OSError, ValueError) as error:
+        # Missing data sets and a hub out of reach both end here, under several classes.
+        raise UserError(f'data.name: cannot load "{name}" (split "{config.split}"): {_first_line(error)}') from error
+    return Source(name, hashlib.sha256(told.encode()).hexdigest(), lambda: _numbered(name, rows), weight)
+
+
+def _numbered(name: str, rows: Any) -> Iterator[Item]:
+    return (Record(f"{name}[{number}]", values) for number, values in enumerate(rows))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
