@@ -47,9 +47,12 @@ def write_inputs(folder: Path, records: int = 60) -> Path:
     return recipe
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """The caller's environment with a cache of the test's own."""
-    return {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+def environment() -> dict[str, str]:
+    """The caller's environment, with a cache that only tests use.
+
+    All tests share it, for it also holds the compiled collective backend, which takes a minute to build.
+    """
+    return {**os.environ, "XDG_CACHE_HOME": str(Path(__file__).parents[1] / ".cache" / "tests")}
 
 
 def launch(
@@ -57,7 +60,7 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of ours in ``folder`` to its end."""
     words = [str(BIN / command), *args]
-    options = {"env": environment(folder), **options}
+    options = {"env": environment(), **options}
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False, **options)
 
 

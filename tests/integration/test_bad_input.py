@@ -91,7 +91,7 @@ def test_full_disk_stops_the_run_and_damages_nothing(tmp_path: Path, recipe: str
     done = subprocess.run(
         [*rooted, "sh", "-c", script, "sh", str(runs), *launched],
         cwd=tmp_path,
-        env=environment(tmp_path),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=240,

@@ -50,7 +50,7 @@ def test_command_works(folder: Path, command: str) -> None:
     done = subprocess.run(
         [str(BIN / words[0]), *words[1:]],
         cwd=folder,
-        env=environment(folder),
+        env=environment(),
         input=feed.read_text() if feed else None,
         capture_output=True,
         text=True,

@@ -169,7 +169,7 @@ def test_killed_at_a_random_step_and_resumed_has_the_same_weights(two_ranks, tmp
     words = [BIN / "falcon-launch", "--nproc-per-node", "2", "--recipe", recipe, "--run-id", "killed"]
     run = tmp_path / "runs" / "killed"
     step = random.randint(2, 6)
-    with subprocess.Popen(words, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(words, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL) as process:
         wait_for_step(run, step, process)
         for pid in [*processes_of(run), process.pid]:
             with contextlib.suppress(ProcessLookupError):
