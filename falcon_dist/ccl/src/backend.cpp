@@ -86,6 +86,12 @@ CclBackend::CclBackend(c10::intrusive_ptr<c10d::Store> store, int rank, int size
     connect(store);
     options_->timeout = settings.timeout;
     const char* workers = std::getenv("CCL_WORKER_COUNT");
+    if (!peers_->board_shows_all()) {
+      executor_->compare_calls([this](Agreement& agreement) {
+        agreement.event = ccl::allreduce(
+            agreement.values, agreement.values, 2, ccl::datatype::int64, ccl::reduction::min, *communicator_);
+      });
+    }
     if (first && (!workers || std::string(workers) == "1")) {
       // Opening the group sent a message between any two endpoints when there is one per rank.
       peers_->meet("connected", settings.timeout);

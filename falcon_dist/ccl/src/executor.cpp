@@ -170,48 +170,71 @@ void Executor::execute(Task& task, bool own_thread) {
     give_up(mine, "but " + *other);
   }
   watched_.begin(task.name, mine.sequence, deadline);
-  // Held by pointer: after a failure oneCCL may still write into the tensors, so they are never freed.
-  auto events = std::make_unique<Events>();
+  auto flight = std::make_unique<Flight>();
   try {
-    if (!task.advance) {
-      std::lock_guard<std::mutex> library(library_lock());
-      task.submit(*events);
-    }
-    poll(*events, task, own_thread);
+    take_off(*flight, task);
+    poll(*flight, task, own_thread);
     if (task.finish) {
       task.finish();
     }
   } catch (const ccl::exception& error) {
     watched_.end();
-    (void)events.release();
-    (void)new Task(std::move(task));
+    (void)flight.release();
+    (void)new Task(std::move(task));  // its tensors too
     give_up(mine, std::string("oneCCL reported: ") + error.what());
   } catch (...) {
     watched_.end();
-    (void)events.release();
+    (void)flight.release();
     (void)new Task(std::move(task));
     throw;
   }
   watched_.end();
 }
 
-bool Executor::finished(Events& events, const Task& task) {
+void Executor::take_off(Flight& flight, const Task& task) {
+  if (task.advance) {
+    return;
+  }
+  std::lock_guard<std::mutex> library(library_lock());
+  if (start_agreement_) {
+    // First, so that it meets its like on ranks that called something else.
+    Agreement& agreement = flight.agreement;
+    agreement.mine[0] = agreement.values[0] = static_cast<int64_t>(task.signature.hash());
+    agreement.mine[1] = agreement.values[1] = ~agreement.mine[0];
+    start_agreement_(agreement);
+    agreement.pending = true;
+  }
+  task.submit(flight.events);
+}
+
+bool Executor::finished(Flight& flight, const Task& task) {
   if (task.advance) {
     return task.advance();
   }
-  std::lock_guard<std::mutex> library(library_lock());
-  while (!events.empty() && events.back().test()) {
-    events.pop_back();
+  Agreement& agreement = flight.agreement;
+  bool compared = false;
+  {
+    std::lock_guard<std::mutex> library(library_lock());
+    if (agreement.pending && agreement.event.test()) {
+      agreement.pending = false;
+      compared = true;
+    }
+    while (!flight.events.empty() && flight.events.back().test()) {
+      flight.events.pop_back();
+    }
   }
-  return events.empty();
+  if (compared && (agreement.values[0] != agreement.mine[0] || agreement.values[1] != agreement.mine[1])) {
+    give_up_disagreeing(task.signature);
+  }
+  return !agreement.pending && flight.events.empty();
 }
 
-void Executor::poll(Events& events, const Task& task, bool own_thread) {
+void Executor::poll(Flight& flight, const Task& task, bool own_thread) {
   Backoff backoff(own_thread);
   const Clock::time_point started = Clock::now();
   Clock::time_point before = started;
   next_look_ = started + kLookEvery;
-  while (!finished(events, task)) {
+  while (!finished(flight, task)) {
     const Clock::time_point now = Clock::now();
     if (now >= next_look_) {
       next_look_ = now + kLookEvery;
@@ -220,6 +243,19 @@ void Executor::poll(Events& events, const Task& task, bool own_thread) {
     backoff.pause(now - before);
     before = Clock::now();
   }
+}
+
+// Every rank learns of it at the same time and writes down what it had called; who it was is read there.
+void Executor::give_up_disagreeing(const Signature& mine) {
+  std::optional<std::string> other;
+  for (int tick = 0; !other && tick < 100; ++tick) {
+    if (!peers_->looking()) {
+      peers_->look(mine, Peers::Ask::kEverybody);
+    }
+    std::this_thread::sleep_for(milliseconds(20));
+    other = peers_->remote_disagreement(mine);
+  }
+  give_up(mine, "but " + other.value_or("another rank called something else"));
 }
 
 void Executor::look_around(const Signature& mine, Clock::time_point started, Clock::time_point deadline) {

@@ -51,6 +51,17 @@ class CclWork final : public c10d::Work {
   const c10::intrusive_ptr<c10::ivalue::Future> future_;
 };
 
+// Two numbers per rank of which oneCCL takes the minimum, beside an operation, to see that all ranks called
+// the same: min(x) and min(~x) are x and ~x everywhere only if x is the same everywhere. Without it a
+// smaller buffer on one rank would go through with a wrong result.
+struct Agreement {
+  int64_t values[2];
+  int64_t mine[2];
+  ccl::event event;
+  bool pending = false;
+};
+using AgreementStart = std::function<void(Agreement&)>;
+
 class Executor {
  public:
   // `group` names the group in errors, `rank` is this process's global rank.
@@ -58,6 +69,9 @@ class Executor {
   ~Executor();
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
+
+  // Has every operation compared with the other ranks' through `start`, for groups that no board covers.
+  void compare_calls(AgreementStart start) { start_agreement_ = std::move(start); }
 
   // A synchronous task runs on the caller when nothing is queued, which is the shortest way; everything else
   // runs on this group's own thread. Throws c10::DistBackendError when a synchronous task fails, and
@@ -84,8 +98,16 @@ class Executor {
 
   void loop();
   void execute(Task& task, bool own_thread);
-  static bool finished(Events& events, const Task& task);
-  void poll(Events& events, const Task& task, bool own_thread);
+  // What oneCCL may still write to. Never freed after a failure.
+  struct Flight {
+    Events events;
+    Agreement agreement;
+  };
+
+  void take_off(Flight& flight, const Task& task);
+  bool finished(Flight& flight, const Task& task);
+  void poll(Flight& flight, const Task& task, bool own_thread);
+  [[noreturn]] void give_up_disagreeing(const Signature& mine);
   void look_around(const Signature& mine, Clock::time_point started, Clock::time_point deadline);
   [[noreturn]] void give_up(const Signature& mine, const std::string& reason);
   [[noreturn]] void give_up_late(const Signature& mine, Clock::duration waited);
@@ -95,6 +117,7 @@ class Executor {
   const int64_t rank_;
   const std::shared_ptr<Peers> peers_;
   Watched watched_;
+  AgreementStart start_agreement_;  // may be empty
 
   mutable std::mutex mutex_;  // guards what follows
   std::condition_variable changed_;

@@ -27,6 +27,9 @@ class Peers {
   Peers(const Peers&) = delete;
   Peers& operator=(const Peers&) = delete;
 
+  // Whether every disagreement is seen on the board.
+  bool board_shows_all() const { return board_ && local_.size() == names_.size(); }
+
   // Waits until every rank has come to the place of this name. Throws what the store throws.
   void meet(const char* place, milliseconds timeout);
 

@@ -21,6 +21,16 @@ struct Signature {
         detail == std::string(other.detail) && (count == other.count || count < 0 || other.count < 0);
   }
 
+  // Equal on all ranks whose calls agree (FNV-1a).
+  uint64_t hash() const {
+    uint64_t value = 14695981039346656037ull;
+    const auto* bytes = reinterpret_cast<const unsigned char*>(this);
+    for (size_t index = 0; index < sizeof(*this); ++index) {
+      value = (value ^ bytes[index]) * 1099511628211ull;
+    }
+    return value;
+  }
+
   std::string text() const {
     std::ostringstream out;
     out << operation << " #" << sequence;
@@ -35,5 +45,6 @@ struct Signature {
 };
 
 static_assert(std::is_trivially_copyable_v<Signature>);
+static_assert(sizeof(Signature) == 64);  // no padding, so the hash sees only what was written
 
 }  // namespace falcon

@@ -1,0 +1,51 @@
+"""What is said when oneCCL cannot be built or loaded, and which interface is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import falcon_dist.ccl
+from falcon_dist.ccl import build as ccl_build
+from falcon_dist.ccl.hosts import route_interface
+from falcon_dist.contract import UserError
+
+
+def test_a_missing_library_is_one_line_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CCL_ROOT", str(tmp_path))
+    reason = falcon_dist.ccl.unavailable()
+    assert reason is not None
+    assert "pip install" in reason
+    assert "\n" not in reason
+
+
+def test_a_missing_compiler_is_one_line_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "install g++" in (falcon_dist.ccl.unavailable() or "")
+
+
+def test_a_failing_compiler_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXXFLAGS", "-no-such-flag")
+    with pytest.raises(UserError, match="no-such-flag"):
+        ccl_build.ensure_built()
+    left = {path.suffix for path in (tmp_path / "falcon-dist" / "ccl").iterdir()}
+    assert left == {".lock"}
+
+
+def test_flags_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXXFLAGS", raising=False)
+    plain = ccl_build.recipe().key
+    monkeypatch.setenv("CXXFLAGS", "-march=native")
+    assert ccl_build.recipe().key != plain
+
+
+def test_loopback_goes_over_lo() -> None:
+    assert route_interface("127.0.0.1") == "lo"
+    assert route_interface("localhost") == "lo"
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match="no route to the master address"):
+        route_interface("no-such-host.invalid")
