@@ -148,6 +148,14 @@ class CheckpointConfig:
     """Largest weights file, as transformers writes it ("200MB", "2GB")."""
     optimizer: bool = True
     """Keep the optimizer's state, so that the run can be resumed."""
+    keep_last: int | None = None
+    """Keep only so many of the newest checkpoints; None: all."""
+    keep_every: int = 0
+    """With keep_last: also keep those whose step is a multiple of this; 0: none."""
+    keep_best: bool = False
+    """Save whenever the held-out loss is the lowest so far, and keep that one; checkpoints/best points at it."""
+    links: str | None = None
+    """Folder for links named checkpoint-N, as the Hugging Face Trainer calls them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +166,15 @@ class EvaluateConfig:
     """Measure the held-out rows before training too."""
     prompts: tuple[str, ...] = ()
     """Answered by the base and by the tuned model."""
+    prompts_file: str | None = None
+    """More prompts: the lines of a .txt file, or "prompt" of each record of a .jsonl file."""
     max_new_tokens: int = 48
+    every: int = 0
+    """Steps between measurements of the held-out rows and the prompts along the way; 0: only at the end."""
+    patience: int | None = None
+    """Stop early after so many measurements without a lower held-out loss; None: never."""
+    min_gain: float = 0.0
+    """Nats a token by which a loss must be lower to count as such."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

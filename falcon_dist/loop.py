@@ -18,6 +18,7 @@ from falcon_dist.engine.adamw import MasterAdamW
 from falcon_dist.loss import token_losses
 from falcon_dist.masking import Masking
 from falcon_dist.metrics import Reporter, StepRecord
+from falcon_dist.monitor import Verdict
 from falcon_dist.order import Schedule
 from falcon_dist.rows import Part
 from falcon_dist.world import World
@@ -130,6 +131,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         collator: RowCollator,
         reporter: Reporter,
         save: Callable[[int], None],
+        evaluate: Callable[[int], Verdict],
     ) -> None:
         self._config = config
         self._schedule = schedule
@@ -138,6 +140,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self._collator = collator
         self._reporter = reporter
         self._save = save
+        self._evaluate = evaluate
         self._began = self._step_began = time.monotonic()
         self.last_step = start
 
@@ -166,9 +169,11 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
             raise FloatingPointError(f"loss is {logs['loss']} at step {step}; rows of this rank: {rows}")
         self._report(step, logs, rows)
         self.last_step = step
-        every = self._config.checkpoint.every
-        if step == self._schedule.total_steps or (every and step % every == 0):
+        every, verdict = self._config.checkpoint.every, self._evaluate(step)
+        keep = verdict.stop or (verdict.save and self._config.checkpoint.keep_best)
+        if keep or step == self._schedule.total_steps or (every and step % every == 0):
             self._save(step)
+        control.should_training_stop |= verdict.stop
 
     def _check_rows(self, step: int) -> list[int]:
         planned = self._schedule.rows_of_rank(step - 1, self._world.rank)

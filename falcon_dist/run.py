@@ -66,13 +66,13 @@ def opening_lines(run: Run) -> list[str]:
     ]
 
 
-def closing_lines(run: Run, before: dict[str, Any], after: dict[str, Any], saved: Path) -> list[str]:
+def closing_lines(before: dict[str, Any], after: dict[str, Any], saved: Path) -> list[str]:
     """The run's result for a person."""
     lines = []
     for name, figures in (("base", before), ("tuned", after)):
         if "held_out" in figures:
             lines.append(f"held-out, {name + ':':6} {HeldOut.from_dict(figures['held_out'])}")
-    for prompt in run.config.evaluate.prompts:
+    for prompt in after.get("answers", ()):
         lines.append(f"prompt: {prompt}")
         for name, figures in (("base", before), ("tuned", after)):
             with suppress(KeyError):

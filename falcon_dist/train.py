@@ -26,6 +26,7 @@ from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
 from falcon_dist.engine.native import load_model, load_tokenizer
 from falcon_dist.evaluate import held_out
 from falcon_dist.generate import Sampling, answer
+from falcon_dist.keeping import check_keeping, settle
 from falcon_dist.loop import (
     PackedTrainer,
     RowCollator,
@@ -35,6 +36,7 @@ from falcon_dist.loop import (
     trainer_settings,
 )
 from falcon_dist.metrics import Reporter
+from falcon_dist.monitor import Monitor, Point, check_evaluate, evaluation_lines, prompts_of, write_evaluation
 from falcon_dist.order import plan_schedule
 from falcon_dist.prepare import Prepared
 from falcon_dist.process_group import agree_on, open_group, same_everywhere
@@ -87,6 +89,8 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
         schedule=schedule,
         reporter=reporter,
     )
+    check_evaluate(config.evaluate, len(store.evaluation), prompts_of(config.evaluate) if world.is_main else ())
+    check_keeping(config.checkpoint, evaluates=bool(config.evaluate.every and len(store.evaluation)))
     for line in opening_lines(run):
         reporter.line(line)
     with open_group(world, env):
@@ -102,15 +106,18 @@ def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Train
         masking.check_packing(model.config, run.config.data.packing_kind != "off")
         chosen = resume_point(run) if resume else None
     before = _measure_base(run, model, tokenizer)
-    saved = _fit(run, model, tokenizer, chosen)
-    after = _measure(run, model, tokenizer, "evaluate tuned")
-    lines = closing_lines(run, before, after, saved)
+    monitor = _monitor(run, model, tokenizer, chosen)
+    last_step = _fit(run, model, tokenizer, chosen, monitor)
+    saved = run.checkpoints / checkpoint.folder_name(last_step)
+    known = monitor.last is not None and monitor.last[0] == last_step
+    after = monitor.last[1] if known and monitor.last else _measure(run, model, tokenizer, "evaluate tuned")
+    lines = closing_lines(before, after, saved)
     run.reporter.summary(lines)
     result = RankResult(
         status="ok",
         observed_cpus=seen.cpus,
         observed_threads=seen.threads,
-        last_step=run.schedule.total_steps,
+        last_step=last_step,
         checkpoint=str(saved),
         peak_rss_bytes=affinity.peak_rss_bytes(),
         summary={"phases_s": run.reporter.phases, "base": before, "tuned": after},
@@ -118,12 +125,35 @@ def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Train
     return Trained(result, model)
 
 
-def _fit(
+def _monitor(
     run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chosen: checkpoint.Checkpoint | None
-) -> Path:
-    """Trains from the chosen checkpoint, or from the start, to the last step; the last checkpoint's folder."""
+) -> Monitor:
+    """Evaluation along the way, going on from what the chosen checkpoint knows."""
+
+    def tell(step: int, figures: Mapping[str, Any]) -> None:
+        if run.world.is_main:
+            write_evaluation(run.folder, step, figures)
+            for line in evaluation_lines(step, figures):
+                run.reporter.line(line)
+
+    return Monitor(
+        run.config.evaluate,
+        total_steps=run.schedule.total_steps,
+        points=[Point(*told) for told in chosen.facts.get("evaluations", ())] if chosen else (),
+        measure=lambda: _measure(run, model, tokenizer, "evaluate"),
+        tell=tell,
+    )
+
+
+def _fit(
+    run: Run,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: checkpoint.Checkpoint | None,
+    monitor: Monitor,
+) -> int:
+    """Trains from the chosen checkpoint, or from the start, to the last step, whose number it returns."""
     start = chosen.step if chosen else 0
-    newest = run.checkpoints / checkpoint.folder_name(run.schedule.total_steps)
     optimizer = MasterAdamW(
         decayed_groups(model.named_parameters(), run.config.optim.weight_decay),
         lr=run.config.optim.lr,
@@ -134,12 +164,11 @@ def _fit(
         with run.reporter.phase("load"):
             train_state.load_weights(chosen.path, model)
             train_state.load_optimizer(chosen.path, model, optimizer)
-    if start >= run.schedule.total_steps:
+    if start >= run.schedule.total_steps or monitor.stopped:
         run.reporter.line(f"all {start} steps are done already")
-        return newest
+        return start
     with run.reporter.phase("train"):
-        _run_trainer(run, model, tokenizer, optimizer, start)
-    return newest
+        return _run_trainer(run, model, tokenizer, optimizer, start=start, monitor=monitor)
 
 
 def _run_trainer(
@@ -147,8 +176,10 @@ def _run_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: MasterAdamW,
+    *,
     start: int,
-) -> None:
+    monitor: Monitor,
+) -> int:
     collator = RowCollator(run.store.train, masking.Masking.of(model))
     callback = StepCallback(
         config=run.config,
@@ -157,7 +188,8 @@ def _run_trainer(
         start=start,
         collator=collator,
         reporter=run.reporter,
-        save=lambda step: _save(run, model, tokenizer, optimizer, step),
+        save=lambda step: _save(run, model, tokenizer, optimizer, step=step, monitor=monitor),
+        evaluate=monitor.after_step,
     )
     trainer = PackedTrainer(
         model=model,
@@ -172,8 +204,12 @@ def _run_trainer(
     check_trainer(trainer, run.world)
     trainer.train()
     check_wrapped(trainer.model_wrapped, run.world)
-    if callback.last_step != run.schedule.total_steps:
+    if callback.last_step != run.schedule.total_steps and not monitor.stopped:
         raise RuntimeError(f"trained to step {callback.last_step} of {run.schedule.total_steps}")
+    if monitor.stopped:
+        best = f"no lower held-out loss since step {monitor.best_step}"
+        run.reporter.line(f"stopped early at step {callback.last_step}: {best}")
+    return callback.last_step
 
 
 def check_trainer(trainer: PackedTrainer, world: World) -> None:
@@ -192,17 +228,25 @@ def check_wrapped(model: torch.nn.Module, world: World) -> None:
 
 
 def _save(
-    run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: MasterAdamW, step: int
+    run: Run,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: MasterAdamW,
+    *,
+    step: int,
+    monitor: Monitor,
 ) -> None:
     """Rank 0 commits; the others meet it at the next collective."""
     if not run.world.is_main:
         return
     with run.reporter.phase("save"):
         run.checkpoints.mkdir(exist_ok=True)
-        with checkpoint.committed(run.checkpoints, step, run_facts(run)) as folder:
+        facts = {**run_facts(run), "evaluations": monitor.points}
+        with checkpoint.committed(run.checkpoints, step, facts) as folder:
             train_state.save_weights(folder, model, tokenizer, run.config.checkpoint.max_shard_size)
             if run.config.checkpoint.optimizer:
                 train_state.save_optimizer(folder, model, optimizer)
+        settle(run.checkpoints, step, run.config.checkpoint, monitor.best_step)
     run.reporter.checkpoint(run.checkpoints / checkpoint.folder_name(step), step)
 
 
@@ -228,6 +272,7 @@ def _measure(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
             figures["held_out"] = held_out(model, run.store.evaluation, run.world, run.config.precision).as_dict()
         if run.world.is_main:
             sampling = Sampling(max_new_tokens=run.config.evaluate.max_new_tokens)
-            figures["answers"] = {p: answer(model, tokenizer, p, sampling)[0] for p in run.config.evaluate.prompts}
+            prompts = prompts_of(run.config.evaluate)
+            figures["answers"] = {p: answer(model, tokenizer, p, sampling)[0] for p in prompts}
         dist.barrier()
     return figures

@@ -1,0 +1,93 @@
+"""Which checkpoints are kept, which one is the best, and the link that people of 2023 look for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from falcon_dist import checkpoint
+from falcon_dist.config import CheckpointConfig
+from falcon_dist.contract import UserError
+
+BEST: Final = "best"
+"""Link beside the checkpoints to the one of the lowest held-out loss."""
+
+
+def check_keeping(config: CheckpointConfig, *, evaluates: bool) -> None:
+    """Raises UserError for rules that contradict each other."""
+    if config.keep_last is not None and config.keep_last < 1:
+        raise UserError(f'checkpoint.keep_last must be at least 1 or "none": "{config.keep_last}"')
+    if config.keep_every < 0:
+        raise UserError(f'checkpoint.keep_every must be at least 0: "{config.keep_every}"')
+    if config.keep_best and not evaluates:
+        raise UserError("checkpoint.keep_best needs held-out figures: set evaluate.every and data.eval_share")
+
+
+def expendable(steps: Iterable[int], config: CheckpointConfig, best: int | None) -> list[int]:
+    """The steps whose checkpoints may go: all are kept unless keep_last is set. Pure.
+
+    >>> expendable([10, 20, 30, 40, 50], CheckpointConfig(keep_last=2, keep_every=30, keep_best=True), best=10)
+    [20]
+    """
+    if config.keep_last is None:
+        return []
+    *old, _ = [*sorted(steps), None]
+    kept = set(old[-config.keep_last :])
+    kept |= {step for step in old if config.keep_every and step % config.keep_every == 0}
+    kept |= {best} if config.keep_best and best is not None else set()
+    return [step for step in old if step not in kept]
+
+
+def committed_steps(root: Path) -> list[int]:
+    """Steps of the checkpoints in a folder."""
+    names = (path.name.removeprefix("step-") for path in root.glob("step-*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def settle(root: Path, step: int, config: CheckpointConfig, best: int | None) -> None:
+    """What follows a commit: links that show the way to it, older checkpoints that may go now."""
+    path = root / checkpoint.folder_name(step)
+    if config.keep_best and best == step:
+        point(root / BEST, path)
+    if config.links is not None:
+        point(Path(config.links) / f"checkpoint-{step}", path)
+    rotate(root, config, best)
+    if config.links is not None:
+        drop_dead_links(Path(config.links))
+
+
+def rotate(root: Path, config: CheckpointConfig, best: int | None) -> Sequence[int]:
+    """Removes what may go; to be called when a new checkpoint is committed, not before."""
+    going = expendable(committed_steps(root), config, best)
+    for step in going:
+        path = root / checkpoint.folder_name(step)
+        # Renamed first: half a checkpoint must never stand under the name of a whole one.
+        partial = path.with_name(f"{path.name}.partial-rotated-{os.getpid()}")
+        path.rename(partial)
+        shutil.rmtree(partial, ignore_errors=True)
+    return going
+
+
+def point(link: Path, target: Path) -> None:
+    """Makes ``link`` point at ``target`` in one step, in the place of an older link.
+
+    Raises:
+        UserError: something that is no link is in the way.
+    """
+    if link.exists() and not link.is_symlink():
+        raise UserError(f'checkpoint.links: "{link}" is in the way and no link; move it')
+    link.parent.mkdir(parents=True, exist_ok=True)
+    partial = link.with_name(f".{link.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()))
+    partial.rename(link)
+
+
+def drop_dead_links(folder: Path) -> None:
+    """Removes checkpoint-N links whose checkpoint was rotated away."""
+    for link in folder.glob("checkpoint-*"):
+        if link.is_symlink() and not link.exists():
+            link.unlink()

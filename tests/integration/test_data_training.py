@@ -1,0 +1,54 @@
+"""Evaluation along the way, early stopping, rotation and answer-only loss, in real runs of small models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from launching import launch, only_run, weights_digest, write_inputs
+
+
+def test_run_evaluates_keeps_its_best_and_rotates(tmp_path: Path) -> None:
+    recipe = write_inputs(tmp_path)
+    (tmp_path / "prompts.txt").write_text("Why pin cores?\n")
+    sets = (
+        *("evaluate.every=2", "evaluate.prompts_file=prompts.txt", "data.loss=answers", "data.on_bad=skip"),
+        *("data.template=guanaco", "data.packing=best-fit", "data.max_length=64"),
+        *("checkpoint.keep_last=1", "checkpoint.keep_best=true", "checkpoint.links=results"),
+    )
+    flags = [word for item in sets for word in ("--set", item)]
+    done = launch(tmp_path, "--nproc-per-node", "2", "--recipe", str(recipe), *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in (
+        "skipped 20 records: no answer to learn from",
+        "best-fit (chosen)",
+        "step 2: held-out loss ",
+        "step 4: prompt: Why pin cores?",
+    ):
+        assert text in done.stdout
+    run = only_run(tmp_path)
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert set(lines[0]["answers"]) == {"What is a socket?", "Why pin cores?"}
+    best = min(lines, key=lambda line: line["held_out"]["loss"])["step"]
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {"best", f"step-{best:06d}", "step-000008"}
+    assert (run / "checkpoints" / "best").resolve().name == f"step-{best:06d}"
+    assert (tmp_path / "results" / "checkpoint-8" / "config.json").is_file()
+    assert "### Human: " in (run / "checkpoints" / "best" / "chat_template.jinja").read_text()
+
+
+def test_early_stop_ends_well_and_a_resume_finds_nothing_left_to_do(tmp_path: Path) -> None:
+    recipe = write_inputs(tmp_path)
+    # No gain is large enough, so the first evaluation stays the best one.
+    sets = ("evaluate.every=1", "evaluate.patience=2", "evaluate.min_gain=100.0", "evaluate.base=false")
+    flags = [word for item in sets for word in ("--set", item)]
+    done = launch(tmp_path, "--recipe", str(recipe), "--run-id", "r", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stopped early at step 3: no lower held-out loss since step 1" in done.stdout
+    last = tmp_path / "runs" / "r" / "checkpoints" / "step-000003"
+    before = weights_digest(last)
+    again = launch(tmp_path, "--resume", "r")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "all 3 steps are done already" in again.stdout
+    assert weights_digest(last) == before

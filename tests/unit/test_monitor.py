@@ -1,0 +1,113 @@
+"""What is kept, what may go, and when held-out figures end a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from falcon_dist import keeping
+from falcon_dist.config import CheckpointConfig, EvaluateConfig
+from falcon_dist.contract import UserError
+from falcon_dist.monitor import Monitor, Point, Verdict, best_of, check_evaluate, exhausted, read_prompts
+
+
+@pytest.mark.parametrize(
+    ("rules", "best", "gone"),
+    [
+        ({}, 10, []),
+        ({"keep_last": 1}, 10, [10, 20, 30, 40]),
+        ({"keep_last": 3}, None, [10, 20]),
+        ({"keep_last": 9}, None, []),
+        ({"keep_last": 1, "keep_every": 20}, None, [10, 30]),
+        ({"keep_last": 1, "keep_best": True}, 20, [10, 30, 40]),
+        ({"keep_last": 1, "keep_best": True, "keep_every": 30}, None, [10, 20, 40]),
+    ],
+)
+def test_expendable_checkpoints(rules: dict[str, Any], best: int | None, gone: list[int]) -> None:
+    assert keeping.expendable([30, 10, 20, 50, 40], CheckpointConfig(**rules), best) == gone
+
+
+def test_settling_rotates_links_and_leaves_what_is_no_checkpoint_of_ours(tmp_path: Path) -> None:
+    root, links = tmp_path / "checkpoints", tmp_path / "results"
+    rules = CheckpointConfig(keep_last=1, keep_best=True, links=str(links))
+    for step in (2, 4, 6):
+        (root / f"step-{step:06d}").mkdir(parents=True)
+        (root / "step-note").mkdir(exist_ok=True)
+        keeping.settle(root, step, rules, best=2)
+    assert sorted(p.name for p in root.iterdir()) == ["best", "step-000002", "step-000006", "step-note"]
+    assert (root / "best").resolve() == (root / "step-000002").resolve()
+    assert sorted(p.name for p in links.iterdir()) == ["checkpoint-2", "checkpoint-6"]
+    (links / "checkpoint-8").mkdir()
+    (root / "step-000008").mkdir()
+    with pytest.raises(UserError, match=r"checkpoint-8\" is in the way and no link"):
+        keeping.settle(root, 8, rules, best=2)
+    assert (root / "step-000006").is_dir()
+
+
+POINTS = [Point(2, 3.0), Point(4, 2.5), Point(6, 2.45), Point(8, 2.6)]
+
+
+def test_best_step_and_patience() -> None:
+    assert best_of(POINTS) == Point(6, 2.45)
+    assert best_of(POINTS, min_gain=0.1) == Point(4, 2.5)
+    assert not exhausted(POINTS, 2, 0.0)
+    assert exhausted(POINTS, 2, 0.1)
+    assert exhausted(POINTS, 1, 0.0)
+    assert not exhausted(POINTS, None, 0.0)
+    assert best_of([]) is None
+
+
+def test_monitor_measures_when_due_and_goes_on_from_what_it_knows() -> None:
+    losses = iter([2.0, 2.2, 2.1])
+    told: list[int] = []
+    monitor = Monitor(
+        EvaluateConfig(every=3, patience=3),
+        total_steps=10,
+        points=[Point(3, 2.1)],
+        measure=lambda: {"held_out": {"loss": next(losses)}},
+        tell=lambda step, figures: told.append(step),
+    )
+    verdicts = [monitor.after_step(step) for step in range(4, 11)]
+    assert told == [6, 9, 10]
+    assert verdicts[2] == Verdict(save=True, stop=False)
+    assert verdicts[5] == verdicts[6] == Verdict()
+    assert monitor.best_step == 6
+    assert monitor.last is not None
+    assert monitor.last[0] == 10
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "message"),
+    [
+        (EvaluateConfig(every=-1), 1, "evaluate.every must be at least 0"),
+        (EvaluateConfig(patience=0, every=1), 1, 'evaluate.patience must be at least 1 or "none": "0"'),
+        (EvaluateConfig(patience=1), 1, "set evaluate.every"),
+        (EvaluateConfig(patience=1, every=2, prompts=("a",)), 0, "evaluate.patience needs held-out rows"),
+        (EvaluateConfig(every=2), 0, "evaluate.every has nothing to evaluate"),
+    ],
+)
+def test_settings_that_cannot_be_followed(config: EvaluateConfig, rows: int, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_evaluate(config, rows, config.prompts)
+    assert message in str(error.value)
+
+
+def test_keeping_rules_that_contradict_each_other() -> None:
+    with pytest.raises(UserError, match="keep_last must be at least 1"):
+        keeping.check_keeping(CheckpointConfig(keep_last=0), evaluates=True)
+    with pytest.raises(UserError, match="keep_best needs held-out figures"):
+        keeping.check_keeping(CheckpointConfig(keep_best=True), evaluates=False)
+
+
+def test_prompts_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("One?\n\nTwo?\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Three?\\nAnd?"}\n')
+    assert read_prompts(tmp_path / "p.txt") == ["One?", "Two?"]
+    assert read_prompts(tmp_path / "p.jsonl") == ["Three?\nAnd?"]
+    (tmp_path / "p.jsonl").write_text('{"question": 1}\n')
+    with pytest.raises(UserError, match=r'p.jsonl:1: no text in "prompt"'):
+        read_prompts(tmp_path / "p.jsonl")
+    with pytest.raises(UserError, match="no such file"):
+        read_prompts(tmp_path / "nothing.txt")
