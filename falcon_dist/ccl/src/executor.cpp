@@ -5,7 +5,6 @@
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
 #include <pthread.h>
-#include <sched.h>
 #include <sys/prctl.h>
 
 #include <algorithm>
@@ -25,33 +24,33 @@ std::string seconds_text(Clock::duration duration) {
 }
 
 // Between two looks at an unfinished operation. A look that took long has moved data, so the next one
-// follows at once; one that found nothing to do gives the core away, for longer the longer nothing happens:
-// the core may be needed by the very rank that is waited for.
+// follows at once; when nothing moves for a while the core is given away, for longer the longer it lasts: it
+// may be needed by the very rank that is waited for, and who spins is scheduled last afterwards.
 class Backoff {
  public:
   explicit Backoff(bool own_thread) : spin_(own_thread ? kSpinOwnThread : kSpinCaller) {}
 
-  void pause(Clock::duration look) {
-    if (look > kMovedData) {
-      idle_ = 0;
+  void pause(Clock::time_point before, Clock::time_point now) {
+    if (now - before > kMovedData) {
+      idle_since_ = now;
       return;
     }
-    ++idle_;
-    if (idle_ < spin_) {
+    const Clock::duration idle = now - idle_since_;
+    if (idle < spin_) {
       __builtin_ia32_pause();
-    } else if (idle_ < 2 * spin_) {
-      sched_yield();
     } else {
-      std::this_thread::sleep_for(std::chrono::microseconds(std::min(20 + (idle_ - 2 * spin_) / 4, 100)));
+      std::this_thread::sleep_for(std::clamp<Clock::duration>(idle / 8, kShortest, kLongest));
     }
   }
 
  private:
   static constexpr auto kMovedData = std::chrono::microseconds(4);
-  static constexpr int kSpinCaller = 2000;
-  static constexpr int kSpinOwnThread = 50;
-  const int spin_;
-  int idle_ = 0;
+  static constexpr auto kSpinCaller = std::chrono::microseconds(200);
+  static constexpr auto kSpinOwnThread = std::chrono::microseconds(20);
+  static constexpr auto kShortest = std::chrono::microseconds(10);
+  static constexpr auto kLongest = std::chrono::microseconds(100);
+  const Clock::duration spin_;
+  Clock::time_point idle_since_ = Clock::now();
 };
 
 // The thread of a group does what little arithmetic it has (averages) alone: a second OpenMP team would
@@ -240,7 +239,7 @@ void Executor::poll(Flight& flight, const Task& task, bool own_thread) {
       next_look_ = now + kLookEvery;
       look_around(task.signature, started, started + task.timeout);
     }
-    backoff.pause(now - before);
+    backoff.pause(before, now);
     before = Clock::now();
   }
 }
