@@ -165,8 +165,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
             return
         step = self._start + state.global_step
         rows = self._check_rows(step)
-        if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(f"loss is {logs['loss']} at step {step}; rows of this rank: {rows}")
+        self._check_finite(step, logs, rows)
         self._report(step, logs, rows)
         self.last_step = step
         every, verdict = self._config.checkpoint.every, self._evaluate(step)
@@ -174,6 +173,14 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         if keep or step == self._schedule.total_steps or (every and step % every == 0):
             self._save(step)
         control.should_training_stop |= verdict.stop
+
+    def _check_finite(self, step: int, logs: dict[str, float], rows: list[int]) -> None:
+        """The step is done, but nothing of it is saved yet: weights that took a NaN must not become a checkpoint."""
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise FloatingPointError(
+                    f"{name} is {logs[name]} at step {step}; rank {self._world.rank} had rows {rows}"
+                )
 
     def _check_rows(self, step: int) -> list[int]:
         planned = self._schedule.rows_of_rank(step - 1, self._world.rank)

@@ -80,7 +80,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from falcon_dist.__main__ import read_config
+from falcon_dist.settings import read_config
 from falcon_dist.train import train
 config = Path(sys.argv[1])
 trained = train(read_config(config), config.parent, resume=False, env={})
@@ -221,6 +221,21 @@ def test_no_checkpoint_that_can_be_trusted_is_an_error(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "--resume: no checkpoint in" in done.stderr
     assert "can be trusted" in done.stderr
+
+
+def test_numbers_that_are_no_longer_finite_stop_the_run_before_they_are_saved(tmp_path: Path) -> None:
+    recipe = write_inputs(tmp_path)
+    done = launch(
+        tmp_path,
+        *("--recipe", str(recipe), "--run-id", "r", "--set", "optim.lr=1e30", "--set", "optim.warmup_steps=0"),
+        *("--set", "checkpoint.every=1"),
+    )
+    assert done.returncode == 1
+    assert "FloatingPointError" in done.stderr
+    steps = step_records(tmp_path / "runs" / "r")
+    assert f"at step {len(steps) + 1}; rank 0 had rows [" in done.stderr
+    kept = {path.name for path in (tmp_path / "runs" / "r" / "checkpoints").glob("step-*")}
+    assert kept == {checkpoint.folder_name(step) for step in steps}
 
 
 def test_chat_streams_ends_at_stop_and_works_piped(two_ranks) -> None:
