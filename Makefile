@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 EXTRAS := demo,dev$(if $(shell command -v c++),$(COMMA)oneccl)
 PROJECT := pyproject.toml constraints.txt Makefile
 
-.PHONY: demo test lint setup clean
+.PHONY: demo check-demo test lint setup clean
 
 setup: $(READY)
 
@@ -27,7 +27,14 @@ $(READY): $(PROJECT)
 demo: $(READY)
 	$(BIN)/falcon-launch --nproc-per-node 2
 
+# What the demo left: its numbers, its checkpoint, its chat.
+check-demo: $(READY)
+	$(BIN)/python -m pytest tests/demo
+
+# Tests have a cache of their own; the collective backend is compiled into it once.
+test: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests
 test: $(READY) lint
+	$(if $(findstring oneccl,$(EXTRAS)),$(BIN)/python -m falcon_dist.ccl build)
 	$(BIN)/python -m pytest
 
 lint: $(READY)

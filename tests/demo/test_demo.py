@@ -1,0 +1,74 @@
+"""What `make demo` left in runs/: the numbers it promises, and a checkpoint that plain transformers loads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from launching import BIN, environment, run_python, step_records
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run() -> Path:
+    """The newest run."""
+    runs = sorted((ROOT / "runs").glob("*/report.json"), key=lambda path: path.stat().st_mtime)
+    assert runs, "no run found; run make demo first"
+    return runs[-1].parent
+
+
+@pytest.fixture(scope="module")
+def summary(run: Path) -> dict[str, dict[str, dict[str, float]]]:
+    return json.loads((run / "attempt_1" / "rank_0000" / "result.json").read_text())["summary"]
+
+
+def test_tuned_perplexity_is_at_least_a_tenth_below_base(summary) -> None:
+    base, tuned = (summary[name]["held_out"] for name in ("base", "tuned"))
+    assert tuned["perplexity"] <= 0.9 * base["perplexity"]
+    assert base["records"] == tuned["records"] >= 64
+    assert base["tokens"] == tuned["tokens"]
+    assert 0 < tuned["standard_error"] < 0.5
+
+
+def test_at_least_a_hundred_rows_were_trained_on_two_ranks(run: Path) -> None:
+    rows = [row for step in step_records(run).values() for row in step["rows"]]
+    assert len(rows) == len(set(rows)) >= 100
+    assert len(list((run / "attempt_1").glob("rank_*"))) == 2
+
+
+def test_both_models_answered(summary) -> None:
+    (base,), (tuned,) = (summary[name]["answers"].values() for name in ("base", "tuned"))
+    assert base
+    assert tuned
+    assert base != tuned
+
+
+def newest_checkpoint(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step-*"))
+
+
+def test_checkpoint_is_sharded_and_loads_in_plain_transformers(run: Path) -> None:
+    last = newest_checkpoint(run)
+    assert len(list(last.glob("model-*.safetensors"))) >= 2
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M; m = M.from_pretrained(sys.argv[1]);"
+        "assert 'falcon_dist' not in sys.modules; print(sum(p.numel() for p in m.parameters()))"
+    )
+    assert run_python(run, code, str(last)).stdout.strip() == "134515008"
+
+
+def test_chat_command_answers(run: Path) -> None:
+    done = subprocess.run(
+        [str(BIN / "falcon"), "chat", str(newest_checkpoint(run)), "--max-length", "20", "--top-k", "10"],
+        env=environment(),
+        input="Hi! How was your weekend?\nstop\n",
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s]" in done.stdout
