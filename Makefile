@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 EXTRAS := demo,dev$(if $(shell command -v c++),$(COMMA)oneccl)
 PROJECT := pyproject.toml constraints.txt Makefile
 
-.PHONY: demo check-demo test lint setup clean
+.PHONY: demo check-demo test lint setup clean test-cluster
 
 setup: $(READY)
 
@@ -36,6 +36,11 @@ test: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests
 test: $(READY) lint
 	$(if $(findstring oneccl,$(EXTRAS)),$(BIN)/python -m falcon_dist.ccl build)
 	$(BIN)/python -m pytest
+
+# Hosts made of namespaces, with sshd: needs root, and on Debian
+# apt-get install -y --no-install-recommends openssh-server openssh-client iproute2 nftables util-linux
+test-cluster: $(READY)
+	$(BIN)/python -m pytest tests/cluster
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -45,6 +45,8 @@ STORE_FD: Final = "FALCON_STORE_FD"
 """Descriptor of the listening rendezvous socket (rank 0 of our own program only)."""
 EVENT_FD: Final = "FALCON_EVENT_FD"
 """Descriptor this rank writes its events to, one JSON object a line; unset under plain torchrun."""
+PREPARED: Final = "FALCON_PREPARED"
+"""File that says where this host has what was prepared on node 0; unset on node 0 and where one host prepares."""
 BACKEND: Final = "FALCON_BACKEND"
 """The collective backend the launcher settled on: "gloo" or "ccl"."""
 

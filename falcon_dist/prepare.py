@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -32,10 +33,10 @@ class Prepared:
     parameters: int
 
     @classmethod
-    def read(cls, run_dir: Path) -> Prepared:
+    def read(cls, run_dir: Path, env: Mapping[str, str] = os.environ) -> Prepared:
         """Raises UserError where the run was not prepared on this host."""
         try:
-            return cls(**json.loads((run_dir / PREPARED_FILE).read_text()))
+            return cls(**json.loads(Path(env.get(contract.PREPARED, run_dir / PREPARED_FILE)).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f'prepare: nothing prepared in "{run_dir}"; run python -m falcon_dist prepare '
@@ -51,6 +52,8 @@ def prepare(config: TrainConfig, run_dir: Path, env: Mapping[str, str]) -> Prepa
     """
     if env.get(contract.BACKEND) == "ccl":
         _build_ccl()
+    if contract.PREPARED in env:  # model and rows came from node 0
+        return Prepared.read(run_dir, env)
     model = find_model(config.model)
     plan = load_config(model, config.model)
     check_packing(plan, config.data.packing_kind != "off")

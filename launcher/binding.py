@@ -12,10 +12,10 @@ class Binding:
     """What a rank is held to before its program starts."""
 
     cpus: CpuSet
-    """One cpu of each of its cores."""
+    """One cpu of each of its cores, or all of them where logical cpus are asked for."""
     comm_cpus: CpuSet = CpuSet()  # noqa: RUF009  # an immutable value
     """Cpus kept free for collective workers."""
     mem_nodes: CpuSet
     """NUMA nodes its memory comes from; empty: not bound."""
     threads: int
-    """Compute threads: one a core."""
+    """Compute threads: one a cpu."""

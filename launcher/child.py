@@ -15,7 +15,7 @@ from launcher import bind
 from launcher.cpuset import CpuSet
 from launcher.errors import LaunchError
 from launcher.plan import NodePlan, RankPlan, TaskPlan
-from launcher.transport import CHUNK_BYTES, Lines
+from launcher.wire import CHUNK_BYTES, Lines
 
 STREAMS: Final = ("stdout", "stderr")
 TAIL_LINES: Final = 15

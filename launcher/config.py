@@ -19,14 +19,38 @@ from launcher.redaction import is_secret, redact_value
 Backend = Literal["auto", "gloo", "ccl"]
 RECIPES: Final = Path(falcon_dist.__file__).parent / "recipes"
 DEFAULT_RECIPE: Final = "demo"
+NPROC_WORDS: Final = ("auto", "numa", "socket")
+"""What may stand for a number of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchSettings:
     """How ranks are started; the ``[launch]`` table of a recipe."""
 
+    hostfile: str | None = None
+    """File of the run's hosts; None: this machine alone."""
+    hosts: str | None = None
+    """The same as a list: "a,b:2,node[1-3]"."""
+    include: str | None = None
+    exclude: str | None = None
+    nnodes: int | None = None
+    """The first so many hosts; None: all."""
     nproc_per_node: int | None = None
-    """Ranks on each node; None (written "auto"): one per NUMA node."""
+    """Ranks on each node; None (written "auto"): its slots, or one for each ``ranks_per``."""
+    ranks_per: Literal["numa_node", "socket"] = "numa_node"
+    sockets: str | None = None
+    """Use these sockets of each node only, as "0"."""
+    numa_nodes: str | None = None
+    """Use these NUMA nodes only, as "0-1"."""
+    cores_list: str | None = None
+    """Use these cpus only, as "0-27"."""
+    ncores_per_rank: int | None = None
+    """Compute cores of each rank; None: as many as there are."""
+    use_logical_cores: bool = False
+    """Ranks get all threads of their cores."""
+    ccl_worker_count: int = 0
+    """Cores of each rank kept free for oneCCL's workers."""
+    memory_allocator: Literal["default", "tcmalloc", "jemalloc"] = "default"
     runs_dir: str = "runs"
     """Folder of all run folders."""
     run_id: str | None = None
@@ -137,17 +161,31 @@ def parse_value(text: str) -> Any:
 
 
 def _launch_settings(values: Mapping[str, Value], flags: Flags) -> LaunchSettings:
-    auto = {k: Value(None, v.source) for k, v in values.items() if k == "launch.nproc_per_node" and v.value == "auto"}
-    settings = build(LaunchSettings, {**values, **auto}, "launch.")
+    settings = build(LaunchSettings, {**values, **_in_words(values)}, "launch.")
     _check_launch(settings, values)
     env = (*settings.env, *_env_file(flags.env_file), *flags.env)
     return dataclasses.replace(settings, env=env)
+
+
+def _in_words(values: Mapping[str, Value]) -> dict[str, Value]:
+    """What a number of ranks given as a word means."""
+    given = values.get("launch.nproc_per_node")
+    if given is None or given.value not in NPROC_WORDS:
+        return {}
+    per = {"launch.ranks_per": Value("socket", given.source)} if given.value == "socket" else {}
+    return {"launch.nproc_per_node": Value(None, given.source), **per}
 
 
 def _check_launch(settings: LaunchSettings, values: Mapping[str, Value]) -> None:
     if settings.nproc_per_node is not None and settings.nproc_per_node < 1:
         source = values["launch.nproc_per_node"].source
         raise UserError(f'{source}: nproc_per_node must be "auto" or 1 or more: "{settings.nproc_per_node}"')
+    for key, least in (("ncores_per_rank", 1), ("ccl_worker_count", 0)):
+        number = getattr(settings, key)
+        if number is not None and number < least:
+            raise UserError(f'{values[f"launch.{key}"].source}: {key} must be {least} or more: "{number}"')
+    if settings.hostfile is not None and settings.hosts is not None:
+        raise UserError(f'--hostfile: not beside --hosts: "{settings.hostfile}"; give one of the two')
     if settings.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", settings.run_id):
         source = values["launch.run_id"].source
         raise UserError(f'{source}: run_id names a folder: "{settings.run_id}"; use letters, digits, ".", "_", "-"')

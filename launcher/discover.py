@@ -9,14 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+from launcher import network
 from launcher.cluster import HostFacts
 from launcher.errors import LaunchError
+from launcher.hello import PROTOCOL
 from launcher.hostfile import Hostfile
+from launcher.network import Meeting
 from launcher.topology import Topology
 from launcher.transport import Channel, Transport
 
-HELLO_TIMEOUT_S: Final = 30.0
-STORE_TIMEOUT_S: Final = 10.0
+HELLO_TIMEOUT_S: Final = 20.0
+ANSWER_TIMEOUT_S: Final = 10.0
+LEAVE_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,58 +40,116 @@ def agents(hostfile: Hostfile, transport: Transport) -> Iterator[Agents]:
         yield Agents(tuple(channels))
     finally:
         for channel in channels:
-            channel.close()
+            channel.hang_up()
+        deadline = time.monotonic() + LEAVE_S
+        for channel in channels:
+            channel.close(max(0.0, deadline - time.monotonic()))
 
 
-def ask(agents: Agents, saved: Mapping[str, Topology], timeout_s: float = HELLO_TIMEOUT_S) -> tuple[HostFacts, ...]:
+def ask(agents: Agents, saved: Mapping[str, Topology]) -> tuple[HostFacts, ...]:
     """What every host told about itself; a topology in ``saved`` stands for the host's own.
 
     Raises:
-        LaunchError: a host ended or did not answer in time.
+        LaunchError: a host could not be reached or did not answer in time; names all of them.
     """
-    hellos = _await(agents.channels, "hello", timeout_s)
+    hellos = answers(agents.channels, "hello", HELLO_TIMEOUT_S)
     return tuple(_facts(channel.host, hello, saved) for channel, hello in zip(agents.channels, hellos, strict=True))
 
 
-def open_store(agents: Agents, addr: str) -> int:
-    """Has node 0's agent listen on ``addr`` alone; returns the port it got.
+def meet(agents: Agents, hostfile: Hostfile) -> Meeting:
+    """Finds the address of node 0 that all hosts reach, and each one's interface.
+
+    Raises:
+        LaunchError: there is none.
+        UserError: the hostfile asks for one that cannot be.
+    """
+    first, *others = agents.channels
+    if not others:
+        return network.alone()
+    first.send("open_doors")
+    (doors,) = answers((first,), "doors", ANSWER_TIMEOUT_S)
+    tried = network.candidates(hostfile, doors)
+    ports = {addr: doors["ports"][addr] for addr in tried}
+    for channel, entry in zip(others, hostfile.entries[1:], strict=True):
+        channel.send("knock", doors=ports, token=doors["token"], source=network.way_out(entry))
+    knocked = answers(others, "knocked", ANSWER_TIMEOUT_S)
+    return network.choose(hostfile, doors, tried, [answer["reached"] for answer in knocked])
+
+
+def survey(agents: Agents, *, cwd: str, script: str | None, run_dir: str) -> list[dict[str, Any]]:
+    """Every host's answers to what is checked before a start.
+
+    Raises:
+        LaunchError: a host did not answer.
+    """
+    for channel in agents.channels:
+        channel.send("survey", cwd=cwd, script=script, run_dir=run_dir)
+    return answers(agents.channels, "surveyed", ANSWER_TIMEOUT_S)
+
+
+def open_store(agents: Agents, addr: str, *, courier: bool) -> tuple[int, int | None]:
+    """Has node 0's agent listen on ``addr`` alone; returns the ports of the store and of the courier it got.
 
     Raises:
         LaunchError: it cannot.
     """
     first = agents.channels[0]
-    first.send("open_store", addr=addr)
-    (answer,) = _await((first,), "store", STORE_TIMEOUT_S)
-    return int(answer["port"])
+    first.send("open_store", addr=addr, courier=courier)
+    (answer,) = answers((first,), "store", ANSWER_TIMEOUT_S)
+    return int(answer["port"]), answer["courier_port"]
 
 
-def _facts(host: str, hello: dict[str, Any], saved: Mapping[str, Topology]) -> HostFacts:
-    topology = saved.get(host) or Topology.from_json(hello["topology"], host)
-    return HostFacts(topology=topology, python=hello["python"], versions=hello["versions"])
+def answers(channels: Sequence[Channel], event: str, timeout_s: float) -> list[dict[str, Any]]:
+    """One event of this name from each channel.
 
-
-def _await(channels: Sequence[Channel], event: str, timeout_s: float) -> list[dict[str, Any]]:
+    Raises:
+        LaunchError: some gave none; one line for each of them.
+    """
     found: dict[Channel, dict[str, Any]] = {}
+    faults: dict[Channel, str] = {}
     deadline = time.monotonic() + timeout_s
     with selectors.DefaultSelector() as selector:
         for channel in channels:
             selector.register(channel, selectors.EVENT_READ, channel)
-        while len(found) < len(channels):
-            ready = selector.select(deadline - time.monotonic())
-            if not ready and time.monotonic() >= deadline:
-                silent = ", ".join(c.host for c in channels if c not in found)
-                raise LaunchError(f"{silent}: no answer from the agent within {timeout_s:g} s")
-            for key, _ in ready:
-                for message in _expect(key.data, event):
-                    found[key.data] = message
+        while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                _take(key.data, event, found, faults)
+                if key.data in found or key.data in faults:
+                    selector.unregister(key.fileobj)
+    silent = {c: f"{c.host}: no answer within {timeout_s:g} s{_said(c)}" for c in channels if c not in found}
+    if silent:
+        raise LaunchError("\n".join((silent | faults).values()))
     return [found[channel] for channel in channels]
 
 
-def _expect(channel: Channel, event: str) -> list[dict[str, Any]]:
-    messages = channel.receive()
-    for message in messages:
+def _facts(host: str, hello: dict[str, Any], saved: Mapping[str, Topology]) -> HostFacts:
+    if hello["protocol"] != PROTOCOL:
+        raise LaunchError(f'{host}: another version of falcon-dist: protocol "{hello["protocol"]}"; install the same')
+    return HostFacts(
+        topology=saved.get(host) or Topology.from_json(hello["topology"], host),
+        machine=f"{hello['hostname']} {hello['boot_id']}",
+        **{key: hello[key] for key in ("python", "python_version", "versions", "identity", "allocators")},
+    )
+
+
+def _take(channel: Channel, event: str, found: dict[Channel, dict[str, Any]], faults: dict[Channel, str]) -> None:
+    for message in channel.receive():
         if message["event"] == "fault":
-            raise LaunchError(f"{channel.host}: {message['text']}")
-    if channel.ended:
-        raise LaunchError(f"{channel.host}: the agent ended before it answered")
-    return [m for m in messages if m["event"] == event]
+            faults[channel] = f"{channel.host}: {message['text']}"
+        elif message["event"] == event:
+            found[channel] = message
+    if channel.ended and channel not in found:
+        faults.setdefault(channel, _why_ended(channel))
+
+
+def _why_ended(channel: Channel) -> str:
+    code = channel.close()
+    remedy = f"; try: ssh -o BatchMode=yes {channel.host} true" if code == 255 else ""
+    if code == 127:
+        remedy = "; install falcon-dist there at the same path"
+    return f"{channel.host}: no agent could be started: exit code {code}{_said(channel)}{remedy}"
+
+
+def _said(channel: Channel) -> str:
+    words = channel.last_words()
+    return f': "{words}"' if words else ""

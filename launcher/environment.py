@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
@@ -27,12 +27,15 @@ TELLTALE: Final = (
 )
 """Names not carried whose owner probably meant them for the ranks: said aloud."""
 
+INTERFACE_OF: Final = ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "FI_TCP_IFACE")
+"""gloo's, oneCCL's and libfabric's name for the network interface: left to themselves each picks its own."""
+
 COORDINATES: Final = (
     *(contract.RANK, contract.LOCAL_RANK, contract.WORLD_SIZE, contract.LOCAL_WORLD_SIZE),
     *(contract.GROUP_RANK, contract.GROUP_WORLD_SIZE, "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
     *(contract.MASTER_ADDR, contract.MASTER_PORT, contract.RUN_ID, contract.RESTART_COUNT),
     *("TORCHELASTIC_MAX_RESTARTS", contract.USE_AGENT_STORE, contract.RANK_DIR, contract.PLANNED_CPUS),
-    *(contract.PLANNED_THREADS, contract.STORE_FD, contract.EVENT_FD, contract.BACKEND),
+    *(contract.PLANNED_THREADS, contract.STORE_FD, contract.EVENT_FD, contract.BACKEND, contract.PREPARED),
 )
 """Names that only the plan may give a value."""
 
@@ -49,14 +52,16 @@ class Seat:
     num_nodes: int
 
 
-def base(environ: Mapping[str, str], asked: Iterable[str]) -> dict[str, str]:
-    """What every rank gets: the listed names of the user's environment, and ``--env NAME[=VALUE]``.
+def base(environ: Mapping[str, str], identity: Mapping[str, str], asked: Iterable[str]) -> dict[str, str]:
+    """What every rank of a node gets: the listed names of the user's environment, and ``--env NAME[=VALUE]``.
+
+    ``identity``: HOME and the like as they are on that node.
 
     Raises:
         UserError: a name asked for is not set, or is the launcher's own.
     """
     carried = {name: value for name, value in environ.items() if _matches(name, CARRIED)}
-    return carried | dict(_asked(item, environ) for item in asked)
+    return carried | dict(identity) | dict(_asked(item, environ) for item in asked)
 
 
 def withheld(environ: Mapping[str, str], asked: Iterable[str]) -> tuple[str, ...]:
@@ -65,16 +70,21 @@ def withheld(environ: Mapping[str, str], asked: Iterable[str]) -> tuple[str, ...
     return tuple(sorted(n for n in environ if _matches(n, TELLTALE) and n not in named))
 
 
-def defaults(binding: Binding, iface: str | None) -> dict[str, str]:
-    """Threads and Python's behaviour for a process with this binding; ``--env`` may change these."""
+def defaults(binding: Binding, ifname: str) -> dict[str, str]:
+    """Threads, network and Python's behaviour for a process with this binding; ``--env`` may change these.
+
+    No OMP_PROC_BIND and no KMP_AFFINITY: they would narrow the mask of the thread that forks DataLoader workers to one
+    core. Threads inherit the rank's mask, which is its cores.
+    """
     names = {
         "OMP_NUM_THREADS": str(binding.threads),
         "MKL_NUM_THREADS": str(binding.threads),
+        "KMP_BLOCKTIME": "1",  # Intel's OpenMP spins for 200 ms by default, on cores that have other work by then
         "TOKENIZERS_PARALLELISM": "false",  # ranks fork loaders; the tokenizer's own threads would not survive it
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
     }
-    return names | ({"GLOO_SOCKET_IFNAME": iface} if iface else {})
+    return names | dict.fromkeys(INTERFACE_OF, ifname)
 
 
 def seat_names(seat: Seat) -> dict[str, str]:
@@ -106,6 +116,19 @@ def meeting_names(*, addr: str, port: str, run_id: str, attempt: int, served: bo
 def binding_names(binding: Binding) -> dict[str, str]:
     """The plan a rank compares its own view with."""
     return {contract.PLANNED_CPUS: str(binding.cpus), contract.PLANNED_THREADS: str(binding.threads)}
+
+
+def comm_names(bindings: Sequence[Binding]) -> dict[str, str]:
+    """oneCCL's worker threads on the cores kept free for them: one list for all ranks of a node, as it wants it."""
+    count = len(bindings[0].comm_cpus)
+    if not count:
+        return {}
+    nodes = [str(node) for b in bindings for node in sorted(b.mem_nodes)[:1] * count]
+    return {
+        "CCL_WORKER_OFFLOAD": "1",
+        "CCL_WORKER_COUNT": str(count),
+        "CCL_WORKER_AFFINITY": ",".join(str(cpu) for b in bindings for cpu in b.comm_cpus),
+    } | ({"CCL_WORKER_MEM_AFFINITY": ",".join(nodes)} if len(nodes) == count * len(bindings) else {})
 
 
 def _asked(item: str, environ: Mapping[str, str]) -> tuple[str, str]:

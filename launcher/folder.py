@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher import roster
 from launcher.config import LaunchConfig
 from launcher.errors import UserError
+from launcher.hostfile import Hostfile
 from launcher.plan import LaunchPlan, Site
 
 if TYPE_CHECKING:  # a --dry-run has no report, and every import delays it
     from launcher.report import RunReport
 
+RUNNING_FILE = "running.json"
 NOT_NAMED = "<new>"
 """Run id of a dry run that was given none."""
 
@@ -31,6 +38,26 @@ def site_of(config: LaunchConfig, *, dry_run: bool) -> Site:
         raise UserError(f'--run-id: this run exists: "{run_dir}"; use --resume {run_id}, or another name')
     numbers = [int(p.name.removeprefix("attempt_")) for p in run_dir.glob("attempt_[0-9]*")]
     return Site(run_id=run_id, attempt=max(numbers, default=0) + 1, run_dir=str(run_dir), cwd=str(Path.cwd()))
+
+
+def config_text(config: LaunchConfig) -> str:
+    """What ``config.json`` of a run holds, on every host."""
+    return _text(config.to_json())
+
+
+@contextlib.contextmanager
+def running(plan: LaunchPlan, hosts: Hostfile) -> Iterator[None]:
+    """For as long as the block lasts the run folder says who runs it, for ``falcon ps`` and ``falcon kill``."""
+    path = Path(plan.site.run_dir) / RUNNING_FILE
+    agents = [
+        {"host": entry.host, "user": entry.user, "roster": node.roster, "ranks": len(node.ranks)}
+        for entry, node in zip(hosts.entries, plan.nodes, strict=True)
+    ]
+    roster.write(path, {"launcher": asdict(roster.Process.this()), "since": time.time(), "agents": agents})
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def create(config: LaunchConfig, plan: LaunchPlan) -> None:
@@ -74,13 +101,17 @@ def read_report(run: str, runs_dir: str) -> RunReport:
     )
 
 
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=1) + "\n"
+
+
 def _new_run_id() -> str:
     return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
 
 
 def _write(plan: LaunchPlan, name: str, values: dict[str, Any], *, keep_first: bool = False) -> None:
     """The newest (or first) at the top of the run folder, and each attempt's own beside its logs."""
-    text = json.dumps(values, indent=1) + "\n"
+    text = _text(values)
     for folder in (plan.site.attempt_dir, plan.site.run_dir):
         if keep_first and folder == plan.site.run_dir and (Path(folder) / name).exists():
             continue

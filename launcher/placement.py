@@ -1,4 +1,4 @@
-"""Placement: which physical cores each rank is held to. Pure: (Cluster, ranks per node) -> Bindings."""
+"""Placement: which physical cores each rank is held to. Pure: (Cluster, Policy) -> Bindings."""
 
 from __future__ import annotations
 
@@ -7,23 +7,48 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from launcher.binding import Binding
 from launcher.cluster import Cluster, Node
-from launcher.cpuset import CpuSet
+from launcher.cpuset import CpuSet, union
 from launcher.errors import UserError
 from launcher.topology import Topology
 
 T = TypeVar("T")
+Per = Literal["numa_node", "socket"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """How many ranks, and of what."""
+
+    nproc_per_node: int | None = None
+    """None: the host's slots, else one rank for each ``per``."""
+    per: Per = "numa_node"
+    sockets: CpuSet | None = None
+    """Use these sockets only."""
+    numa_nodes: CpuSet | None = None
+    """Use these NUMA nodes only."""
+    cores_list: CpuSet | None = None
+    """Use these cpus only."""
+    ncores_per_rank: int | None = None
+    """Compute cores of each rank; None: as many as there are."""
+    use_logical_cores: bool = False
+    """A rank gets all threads of its cores."""
+    comm_cores: int = 0
+    """Cores of each rank kept free for collective workers."""
 
 
 class UsableCore(NamedTuple):
-    """A physical core a run may use, by the one cpu of it that a rank gets."""
+    """A physical core a run may use."""
 
     cpu: int
     """First thread that the affinity mask allows."""
     numa_node: int
+    socket: int
+    cpus: tuple[int, ...]
+    """All threads that it allows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,64 +68,140 @@ class Placement:
     ranks: tuple[PlacedRank, ...]
 
 
-def place(cluster: Cluster, nproc_per_node: int | None) -> Placement:
-    """Seats for every rank; None: one rank per NUMA node that has allowed cores, at least one.
+def place(cluster: Cluster, policy: Policy) -> Placement:
+    """Seats for every rank.
 
     Raises:
-        UserError: a node has fewer usable cores (or less CPU quota) than ranks.
+        UserError: a node has fewer usable cores (or less CPU quota, or fewer slots) than ranks.
     """
     placed: list[PlacedRank] = []
     for node in cluster.nodes:
-        for local_rank, binding in enumerate(_bindings(node, nproc_per_node)):
+        for local_rank, binding in enumerate(bindings(node, policy)):
             seat = PlacedRank(rank=len(placed), node_rank=node.node_rank, local_rank=local_rank, binding=binding)
             placed.append(seat)
     return Placement(ranks=tuple(placed))
 
 
-def usable_cores(topology: Topology) -> list[list[UsableCore]]:
+def usable_cores(node: Node, policy: Policy) -> list[list[UsableCore]]:
     """Allowed physical cores, grouped by NUMA node; the nodes of a socket stand together."""
+    topology, cpus = node.facts.topology, _chosen_cpus(node, policy)
     groups: dict[int, list[UsableCore]] = defaultdict(list)
     for socket in topology.sockets:
-        for node in socket.numa_nodes:
-            for core in node.cores:
-                if allowed := core.cpus & topology.allowed:
-                    groups[node.numa_node].append(UsableCore(min(allowed), node.numa_node))
+        for numa in socket.numa_nodes:
+            for core in numa.cores:
+                if allowed := core.cpus & cpus:
+                    threads = tuple(allowed)
+                    groups[numa.numa_node].append(UsableCore(threads[0], numa.numa_node, socket.socket, threads))
     return [sorted(cores) for cores in groups.values()]
 
 
-def _bindings(node: Node, wanted: int | None) -> list[Binding]:
+def bindings(node: Node, policy: Policy) -> list[Binding]:
+    """The bindings of one node's ranks.
+
+    Raises:
+        UserError: as for ``place``.
+    """
+    groups = usable_cores(node, policy)
+    budget = budget_of(node.facts.topology, groups, policy)
+    count, seats = _count(node, policy, groups, budget)
+    # A worker without a core of its own, or a rank without one to compute on, is no placement.
+    if not groups or count * (1 + policy.comm_cores) > budget:
+        raise UserError(_too_many(node, policy, count, budget))
+    parts = _trim(_divide(groups, count, policy.per), budget, _most_cores(policy))
+    return [_binding(node, policy, parts[seat]) for seat in seats]
+
+
+def budget_of(topology: Topology, groups: Sequence[Sequence[UsableCore]], policy: Policy) -> int:
+    """How many cores may work at a time: no more than the cgroup pays for."""
+    cores = [core for group in groups for core in group]
+    if topology.quota_cpus is None or not cores:
+        return len(cores)
+    threads = max(len(c.cpus) for c in cores) if policy.use_logical_cores else 1
+    return min(len(cores), max(1, math.floor(topology.quota_cpus / threads)))
+
+
+def _chosen_cpus(node: Node, policy: Policy) -> CpuSet:
+    """Allowed cpus that the flags and the hostfile leave.
+
+    Raises:
+        UserError: they name what this machine has not.
+    """
     topology = node.facts.topology
-    groups = usable_cores(topology)
-    budget = _budget(topology, sum(map(len, groups)))
-    count = wanted or min(len(groups), budget)
-    if not groups or count > budget:
-        raise UserError(_too_many(node, count, budget))
-    return [_binding(cores, topology) for cores in _trim(_divide(groups, count), budget)]
+    numa = [n for s in topology.sockets for n in s.numa_nodes]
+    cpus = topology.allowed
+    if policy.sockets is not None:
+        known = {s.socket: union(c.cpus for n in s.numa_nodes for c in n.cores) for s in topology.sockets}
+        cpus &= _picked("--sockets", "socket", node, policy.sockets, known)
+    if policy.numa_nodes is not None:
+        known = {n.numa_node: CpuSet() for n in numa}
+        for n in numa:
+            known[n.numa_node] |= union(c.cpus for c in n.cores)
+        cpus &= _picked("--numa-nodes", "NUMA node", node, policy.numa_nodes, known)
+    for place, wanted in (("--cores-list", policy.cores_list), (node.place, node.entry.cores)):
+        if wanted is not None:
+            cpus &= _picked(place, "allowed cpu", node, wanted, {c: CpuSet.of([c]) for c in topology.allowed})
+    return cpus
 
 
-def _budget(topology: Topology, num_cores: int) -> int:
-    """How many threads may run at a time: a core each, and no more than the cgroup pays for."""
-    quota = topology.quota_cpus
-    return num_cores if quota is None else min(num_cores, max(1, math.floor(quota)))
+def _picked(place: str, what: str, node: Node, wanted: CpuSet, known: dict[int, CpuSet]) -> CpuSet:
+    if missing := wanted - CpuSet.of(known):
+        has = CpuSet.of(known)
+        raise UserError(f'{place}: {node.host} has no such {what}: "{missing}"; it has "{has}"')
+    return union(known[number] for number in wanted)
 
 
-def _too_many(node: Node, count: int, budget: int) -> str:
+def _count(
+    node: Node, policy: Policy, groups: Sequence[Sequence[UsableCore]], budget: int
+) -> tuple[int, tuple[int, ...]]:
+    """Into how many parts the node is cut, and which of them become ranks."""
+    wanted, entry = policy.nproc_per_node, node.entry
+    if entry.seats is not None and entry.slots is not None:
+        if wanted is not None and wanted > len(entry.seats):
+            raise UserError(_over_slots(node, wanted, len(entry.seats)))
+        return entry.slots, entry.seats[: wanted or len(entry.seats)]
+    most = entry.max_slots or entry.slots
+    if wanted is not None and most is not None and wanted > most:
+        raise UserError(_over_slots(node, wanted, most))
+    units = len({g[0].socket for g in groups}) if policy.per == "socket" else len(groups)
+    count = wanted or entry.slots or max(1, min(units, budget // (1 + policy.comm_cores)))
+    return count, tuple(range(count))
+
+
+def _over_slots(node: Node, wanted: int, most: int) -> str:
+    return f'{node.place}: {node.host} takes {most} ranks, fewer than --nproc-per-node: "{wanted}"; raise slots='
+
+
+def _too_many(node: Node, policy: Policy, count: int, budget: int) -> str:
     topology = node.facts.topology
     quota = "" if topology.quota_cpus is None else f", CPU quota {topology.quota_cpus:g}"
+    from_slots = policy.nproc_per_node is None and node.entry.slots is not None
+    place = node.place if from_slots else "--nproc-per-node"
+    comm = f" that keep {policy.comm_cores} cores each for communication" if policy.comm_cores else ""
+    most = budget // (1 + policy.comm_cores)
     return (
-        f"--nproc-per-node: {node.host} has {budget} usable physical cores "
-        f'(allowed cpus {topology.allowed or "none"}{quota}), fewer than ranks: "{count}"; use {budget} or fewer'
+        f"{place}: {node.host} has {budget} usable physical cores (allowed cpus {topology.allowed or 'none'}{quota}), "
+        f'fewer than ranks{comm}: "{count}"; use {most} or fewer'
     )
 
 
-def _divide(groups: list[list[UsableCore]], count: int) -> list[list[UsableCore]]:
+def _divide(groups: list[list[UsableCore]], count: int, per: Per) -> list[list[UsableCore]]:
     """Disjoint cores for each of ``count`` ranks; no rank straddles NUMA nodes where that can be had."""
+    sockets = _by_socket(groups)
     if count >= len(groups):
         shares = _shares([len(g) for g in groups], count)
         return [part for g, n in zip(groups, shares, strict=True) if n for part in _chunks(g, n)]
+    if per == "socket" and count == len(sockets):
+        return [_interleave(part) for part in sockets]
     if len(groups) % count == 0:
         return [_interleave(part) for part in _chunks(groups, count)]
     return _chunks([core for group in groups for core in group], count)
+
+
+def _by_socket(groups: list[list[UsableCore]]) -> list[list[list[UsableCore]]]:
+    found: dict[int, list[list[UsableCore]]] = defaultdict(list)
+    for group in groups:
+        found[group[0].socket].append(group)
+    return list(found.values())
 
 
 def _shares(sizes: list[int], count: int) -> list[int]:
@@ -127,18 +228,33 @@ def _interleave(groups: list[list[UsableCore]]) -> list[UsableCore]:
     return [core for _, _, core in sorted((i, n, c) for n, g in enumerate(groups) for i, c in enumerate(g))]
 
 
-def _trim(parts: list[list[UsableCore]], budget: int) -> list[list[UsableCore]]:
+def _most_cores(policy: Policy) -> int | None:
+    return None if policy.ncores_per_rank is None else policy.ncores_per_rank + policy.comm_cores
+
+
+def _trim(parts: list[list[UsableCore]], budget: int, most: int | None) -> list[list[UsableCore]]:
     """Equal ranks: a step lasts as long as its slowest rank, so more than one core above the least is idle."""
     share, longer = divmod(budget, len(parts))
     caps = [share + (i < longer) for i in range(len(parts))]
+    caps = [cap if most is None else min(cap, most) for cap in caps]
     least = min(min(len(p), cap) for p, cap in zip(parts, caps, strict=True))
     return [p[: min(cap, least + 1)] for p, cap in zip(parts, caps, strict=True)]
 
 
-def _binding(cores: list[UsableCore], topology: Topology) -> Binding:
+def _binding(node: Node, policy: Policy, cores: list[UsableCore]) -> Binding:
+    """A rank's cores; the last ones are kept for communication, so that they are its NUMA node's own."""
+    at = len(cores) - policy.comm_cores
+    wanted = policy.ncores_per_rank
+    if at < 1 or (wanted is not None and at < wanted):
+        raise UserError(
+            f"--ncores-per-rank: {node.host} has {max(at, 0)} cores for a rank's computing"
+            f'{" beside its communication" if policy.comm_cores else ""}: "{wanted or 1}"; use fewer ranks or cores'
+        )
+    cpus = CpuSet.of(cpu for c in cores[:at] for cpu in (c.cpus if policy.use_logical_cores else (c.cpu,)))
     near = CpuSet.of(core.numa_node for core in cores)
     return Binding(
-        cpus=CpuSet.of(core.cpu for core in cores),
-        mem_nodes=near & topology.mems_allowed,
-        threads=len(cores),
+        cpus=cpus,
+        comm_cpus=CpuSet.of(core.cpu for core in cores[at:]),
+        mem_nodes=near & node.facts.topology.mems_allowed,
+        threads=len(cpus),
     )

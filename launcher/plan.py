@@ -15,9 +15,6 @@ RANK_EVENT_FD: Final = 10
 RANK_STORE_FD: Final = 11
 """Descriptors the agent keeps free for its ranks, so that a plan can name them beforehand."""
 
-NOT_PROBED: Final = "<probed>"
-"""Stands for what only a real start finds out."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendezvous:
@@ -26,6 +23,8 @@ class Rendezvous:
     addr: str
     port: int | None
     """None: not opened yet."""
+    courier_port: int | None = None
+    """Where node 0 hands out what it has prepared; None: not opened, or nobody needs it."""
     served_by: Literal["rank", "agent"]
     """Who keeps the store: rank 0 of our own program, or a process of node 0's agent for any other."""
 
@@ -66,12 +65,14 @@ class RankPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskPlan:
-    """A helper process of an agent: the node's preparation, or the rendezvous store."""
+    """A helper process of an agent: a step of the node's preparation, or the rendezvous store."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
     cpus: CpuSet
     task_dir: str
+    listens: Literal["store", "courier"] | None = None
+    """It is handed this listening socket of the agent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +82,12 @@ class NodePlan:
     host: str
     node_rank: int
     cwd: str
-    prepare: TaskPlan | None
-    """Run once, to its end, before any rank of any node starts."""
+    roster: str
+    """File in which the agent says who it is."""
+    files: Mapping[str, str]
+    """Text files the node needs, by path; in a shared run folder they are there already."""
+    prepare: tuple[TaskPlan, ...]
+    """Run one after the other, each to its end, before any rank of any node starts."""
     store: TaskPlan | None
     """Keeps the rendezvous store on the socket the agent opened."""
     ranks: tuple[RankPlan, ...]
@@ -94,11 +99,11 @@ class NodePlan:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> NodePlan:
         """The inverse of to_json."""
-        plain = {k: values[k] for k in ("host", "node_rank", "cwd")}
+        plain = {k: values[k] for k in ("host", "node_rank", "cwd", "roster", "files")}
         return cls(
             **plain,
-            prepare=_task(values["prepare"]),
-            store=_task(values["store"]),
+            prepare=tuple(_task(t) for t in values["prepare"]),
+            store=_task(values["store"]) if values["store"] else None,
             ranks=tuple(_rank(r) for r in values["ranks"]),
         )
 
@@ -139,11 +144,12 @@ class LaunchPlan:
 
 
 def _redacted(node: NodePlan) -> NodePlan:
-    def shown(task: TaskPlan | None) -> TaskPlan | None:
-        return task and dataclasses.replace(task, env=redact(task.env))
+    def shown(task: TaskPlan) -> TaskPlan:
+        return dataclasses.replace(task, env=redact(task.env))
 
     ranks = tuple(dataclasses.replace(r, env=redact(r.env)) for r in node.ranks)
-    return dataclasses.replace(node, prepare=shown(node.prepare), store=shown(node.store), ranks=ranks)
+    prepare = tuple(map(shown, node.prepare))
+    return dataclasses.replace(node, prepare=prepare, store=node.store and shown(node.store), ranks=ranks)
 
 
 def _plain(value: Any) -> Any:
@@ -159,9 +165,7 @@ def _plain(value: Any) -> Any:
             return value
 
 
-def _task(values: Mapping[str, Any] | None) -> TaskPlan | None:
-    if values is None:
-        return None
+def _task(values: Mapping[str, Any]) -> TaskPlan:
     changed = {"argv": tuple(values["argv"]), "cpus": CpuSet.parse(values["cpus"])}
     return TaskPlan(**{**values, **changed})
 

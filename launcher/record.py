@@ -6,12 +6,18 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from falcon_dist.contract import RankResult
 from launcher.plan import LaunchPlan, RankPlan
 from launcher.report import RankOutcome, RunReport, outcome_of
 from launcher.supervise import Cause, Ended
+
+PEER_IS_GONE: Final = (
+    *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe"),
+    *("connection was closed", "recvValue failed", "Socket Timeout", "Timed out waiting", "peer is gone"),
+)
+"""What torch, gloo and oneCCL say in a rank whose peer has died."""
 
 
 @dataclass(slots=True)
@@ -24,6 +30,9 @@ class Heard:
     ended: Ended = field(default_factory=Ended)
     stderr_tail: tuple[str, ...] = ()
     result: RankResult | None = None
+    oom_kills: int = 0
+    rss_bytes: int = 0
+    last_step: int = 0
 
 
 class Record:
@@ -38,6 +47,16 @@ class Record:
         self.prepare_tail: tuple[str, ...] = ()
         self.checkpoint: str | None = None
         self.last_step = 0
+        self.apart: set[int] = set()
+        """Nodes that do not see this run folder."""
+
+    def plan_of(self, rank: int) -> RankPlan:
+        """The plan of a rank."""
+        return self._plan.ranks[rank]
+
+    def stepped(self, rank: int, step: int) -> None:
+        """A rank has finished a step."""
+        self._heard[rank].last_step = step
 
     def note(self, text: str) -> None:
         """Something the reader of the report should know."""
@@ -69,7 +88,13 @@ class Record:
         heard.ended = Ended(code=told["code"], signal=told["signal"])
         heard.stderr_tail = tuple(told["tail"])
         heard.result = RankResult(**told["result"]) if told["result"] else None
+        heard.oom_kills, heard.rss_bytes = told["oom_kills"], told["rss_bytes"]
         return heard.ended
+
+    def is_echo(self, rank: int) -> bool:
+        """Whether the last words of a rank are of a peer or a connection that is gone."""
+        heard = self._heard[rank]
+        return heard.ended.signal is None and any(sign in line for line in heard.stderr_tail for sign in PEER_IS_GONE)
 
     def report(self, cause: Cause | None, now_s: float) -> RunReport:
         """The report as of now."""
@@ -112,4 +137,7 @@ class Record:
             **dataclasses.asdict(heard.ended),
             stderr_tail=heard.stderr_tail,
             result=heard.result,
+            oom_kills=heard.oom_kills,
+            rss_bytes=heard.rss_bytes,
+            last_step=heard.last_step,
         )

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from falcon_dist.contract import EXIT_USER_ERROR
-from launcher.plan import NOT_PROBED, LaunchPlan, NodePlan, RankPlan
+from launcher.network import NOT_PROBED
+from launcher.plan import LaunchPlan, NodePlan, RankPlan
 from launcher.redaction import redact
 
 if TYPE_CHECKING:  # a --dry-run has no report, and every import delays it
@@ -50,9 +51,7 @@ def plan_text(plan: LaunchPlan, asked: Sequence[str] = ()) -> str:
     env = redact(first.env)
     shown = [f"{name}={shlex.quote(env[name])}" for name in (*NOTABLE, *asked) if name in env]
     lines = [
-        table(
-            ("host", "rank", "local_rank", "cpus", "numa", "threads"), [_row(n, r) for n in plan.nodes for r in n.ranks]
-        ),
+        binding_table(plan),
         "",
         f"command     {shlex.join(first.argv)}",
         f"rendezvous  {plan.rendezvous.addr}:{port}, store kept by {keeper}",
@@ -60,10 +59,19 @@ def plan_text(plan: LaunchPlan, asked: Sequence[str] = ()) -> str:
         f"env         {' '.join(shown)} (rank 0; all of it: --dry-run --json)",
         f"run folder  {plan.site.run_dir}",
     ]
-    prepare = plan.nodes[0].prepare
-    if prepare is not None:
-        lines.insert(2, f"prepare     {shlex.join(prepare.argv)} (once a node, before its ranks)")
+    if prepare := plan.nodes[0].prepare:
+        lines.insert(2, f"prepare     {shlex.join(prepare[0].argv)} (once, before any rank; handed to all hosts)")
     return "\n".join(lines)
+
+
+def binding_table(plan: LaunchPlan) -> str:
+    """Every rank's host and cores; those kept free for communication where there are any."""
+    head: tuple[str, ...] = ("host", "rank", "local_rank", "cpus", "numa", "threads")
+    rows = [_row(node, rank) for node in plan.nodes for rank in node.ranks]
+    if any(rank.binding.comm_cpus for rank in plan.ranks):
+        head += ("comm cpus",)
+        rows = [(*row, str(rank.binding.comm_cpus)) for row, rank in zip(rows, plan.ranks, strict=True)]
+    return table(head, rows)
 
 
 def _row(node: NodePlan, rank: RankPlan) -> tuple[str, ...]:
@@ -139,14 +147,24 @@ def _cause_lines(report: RunReport) -> list[str]:
     if cause.kind == "interrupt":
         return [f"interrupted by {signal_name(cause.exit_code - 128)}; run folder {report.run_dir}"]
     if cause.kind == "prepare":
-        return [f"preparing failed: exit code {cause.exit_code}", *_indented(report.prepare_tail, cause.exit_code)]
+        where = f" on {cause.text}" if cause.text else ""
+        code = cause.exit_code
+        return [f"preparing failed{where}: exit code {code}", *_indented(report.prepare_tail, code)]
     if rank is None:
         return [cause.text]
     seat = f"rank {rank.rank} (local_rank {rank.local_rank}, host {rank.host})"
     if cause.kind == "binding":
         return [f"{seat} is not bound as planned: {cause.text}"]
     log = f"{rank.rank_dir}/stderr"
-    return [f"{seat} failed first: {how_ended(rank)}", *_indented(rank.stderr_tail, rank.code), f"  log: {log}"]
+    return [f"{seat} failed first: {_circumstances(rank)}", *_indented(rank.stderr_tail, rank.code), f"  log: {log}"]
+
+
+def _circumstances(rank: RankOutcome) -> str:
+    """ "SIGKILL, cgroup oom_kill +1, peak memory 61.0 GiB, last step 412"."""
+    parts = [how_ended(rank)]
+    if rank.oom_kills:
+        parts += [f"cgroup oom_kill +{rank.oom_kills}", f"peak memory {rank.rss_bytes / (1 << 30):.1f} GiB"]
+    return ", ".join([*parts, *([f"last step {rank.last_step}"] if rank.last_step else [])])
 
 
 def _indented(tail: Sequence[str], code: int | None) -> list[str]:

@@ -33,6 +33,11 @@ class RankOutcome:
     """Both None: it never started, or was lost with its agent."""
     stderr_tail: tuple[str, ...] = ()
     result: RankResult | None = None
+    oom_kills: int = 0
+    """Processes of its cgroup that the kernel killed for memory at its end."""
+    rss_bytes: int = 0
+    """The most memory it had, with what it started and waited for; 0: not known."""
+    last_step: int = 0
 
     @property
     def ok(self) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from launcher import bind, supervise
+from launcher import bind, mirror, supervise
 from launcher.console import Console
 from launcher.discover import Agents
 from launcher.errors import LaunchError
@@ -19,8 +19,11 @@ from launcher.record import Record
 from launcher.render import output_line, signal_name
 from launcher.report import RunReport
 from launcher.supervise import Ended, Exited, Faulted, Interrupted, Lost, Mismatched, Prepared, TimeUp
+from launcher.wire import BEAT_S, SILENCE_S
 
 STOPPING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CLOSE_S: Final = 2.0
+"""How long the way to an agent that has ended may take to close."""
 
 
 class Run:
@@ -29,9 +32,12 @@ class Run:
     def __init__(self, plan: LaunchPlan, agents: Agents, console: Console, record: Record) -> None:
         self._plan = plan
         self._channels = dict(enumerate(agents.channels))
+        self._living = dict(self._channels)
         self._console = console
         self._record = record
         self._deadline: float | None = None
+        self._beat_at = 0.0
+        self._flushing: set[int] = set()
         self._selector = selectors.DefaultSelector()
         self._state = supervise.begin(tuple(n.node_rank for n in plan.nodes for _ in n.ranks))
 
@@ -40,7 +46,8 @@ class Run:
         bind.adopt_orphans()
         with _signals() as woken_by:
             self._listen(woken_by, lambda: self._on_signal(woken_by))
-            for node_rank in self._channels:
+            for node_rank, channel in self._channels.items():
+                channel.heard_at = time.monotonic()
                 self._listen_to_agent(node_rank)
             self._record.enter("prepare", time.monotonic())
             for node in self._plan.nodes:
@@ -54,13 +61,37 @@ class Run:
         return self._record.report(self._state.cause, time.monotonic())
 
     def _turn(self) -> None:
-        wait = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-        ready = self._selector.select(wait)
-        for key, _ in ready:
+        self._beat()
+        self._watch_outboxes()
+        now = time.monotonic()
+        until = min(self._beat_at, self._deadline or self._beat_at)
+        for key, _ in self._selector.select(max(0.0, until - now)):
             key.data()
-        if not ready and self._deadline is not None and time.monotonic() >= self._deadline:
+        self._look_for_silence()
+        if self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
             self._happened(TimeUp())
+
+    def _beat(self) -> None:
+        """Tells every agent that this launcher lives; an agent that hears nothing ends its ranks."""
+        if time.monotonic() >= self._beat_at:
+            self._beat_at = time.monotonic() + BEAT_S
+            self._send_all("alive")
+
+    def _watch_outboxes(self) -> None:
+        waiting = {c.outbox.fileno(): c.outbox for c in self._living.values() if c.outbox.waiting}
+        for fd in self._flushing - set(waiting):
+            self._selector.unregister(fd)
+        for fd in set(waiting) - self._flushing:
+            self._selector.register(fd, selectors.EVENT_WRITE, waiting[fd].flush)
+        self._flushing = set(waiting)
+
+    def _look_for_silence(self) -> None:
+        now = time.monotonic()
+        for node_rank, channel in list(self._living.items()):
+            if now - channel.heard_at > SILENCE_S:
+                text = f"{channel.host}: nothing heard for {SILENCE_S:g} s: the host, its link or its agent is dead"
+                self._lose(node_rank, text, patience_s=0.0)
 
     def _listen(self, fd: int, callback: Callable[[], None]) -> None:
         self._selector.register(fd, selectors.EVENT_READ, callback)
@@ -84,52 +115,91 @@ class Run:
                 self._deadline = time.monotonic() + seconds
 
     def _send_all(self, command: str, **values: Any) -> None:
-        for channel in self._channels.values():
+        for channel in self._living.values():
             channel.send(command, **values)
 
     def _on_signal(self, woken_by: int) -> None:
         for number in os.read(woken_by, 64):
+            if number == signal.SIGTSTP:
+                self._console.say("SIGTSTP: not suspended: hosts that hear nothing end their ranks")
+                continue
             self._console.say(f"{signal_name(number)}: stopping all ranks; once more to kill them at once")
             self._happened(Interrupted(signal=number))
 
     def _on_agent(self, node_rank: int) -> None:
         channel = self._channels[node_rank]
+        if node_rank not in self._living:  # lost a moment ago
+            return
         try:
             for event in channel.receive():
                 self._on_event(node_rank, event)
         except LaunchError as fault:
             self._happened(Faulted(node_rank=node_rank, text=str(fault)))
         if channel.ended:
-            self._selector.unregister(channel.fileno())
-            code = channel.close()
-            how = signal_name(-code) if code is not None and code < 0 else f"exit code {code}"
-            self._happened(Lost(node_rank=node_rank, text=f"{channel.host}: the agent is gone: {how}"))
+            self._lose(node_rank, f"{channel.host}: the agent is gone", patience_s=CLOSE_S)
+
+    def _lose(self, node_rank: int, text: str, *, patience_s: float) -> None:
+        channel = self._living.pop(node_rank)
+        self._selector.unregister(channel.fileno())
+        self._watch_outboxes()
+        code = channel.close(patience_s)
+        if patience_s:
+            number = channel.died or (-code if code is not None and code < 0 else None)
+            words = channel.last_words()
+            text += f": {signal_name(number)}" if number else f": exit code {code}{f': {words}' if words else ''}"
+        self._happened(Lost(node_rank=node_rank, text=text))
 
     def _on_event(self, node_rank: int, event: dict[str, Any]) -> None:
         match event:
-            case {"event": "output", "rank": rank, "lines": lines}:
-                for line in lines:
-                    self._console.say(output_line(rank, line))
+            case {"event": "output", "task": task, "rank": rank, "stream": stream, "lines": lines}:
+                self._on_output(node_rank, task, rank, stream, lines)
             case {"event": "rank", "rank": rank, "data": data}:
                 self._on_rank_event(rank, data)
             case {"event": "spawned", "rank": rank, "cpus": cpus}:
                 self._check(rank, self._record.spawned(rank, cpus))
             case {"event": "exited", "rank": rank}:
-                self._happened(Exited(rank=rank, ended=self._record.exited(rank, event)))
+                self._on_exit(node_rank, rank, event)
             case {"event": "prepared", "code": code, "signal": number}:
-                self._record.prepare_tail = tuple(event.get("tail", ()))
-                self._happened(Prepared(node_rank=node_rank, ended=Ended(code=code, signal=number)))
+                self._on_prepared(node_rank, Ended(code=code, signal=number), tuple(event.get("tail", ())))
+            case {"event": "apart"}:
+                self._record.apart.add(node_rank)
             case {"event": "note", "text": text}:
+                text = self._named(node_rank, text)
                 self._record.note(text)
                 self._console.say(f"note: {text}")
             case {"event": "fault", "text": text}:
                 text = f"{self._channels[node_rank].host}: {text}"
                 self._happened(Faulted(node_rank=node_rank, text=text))
 
+    def _named(self, node_rank: int, text: str) -> str:
+        return f"{self._channels[node_rank].host}: {text}" if len(self._channels) > 1 else text
+
+    def _on_output(self, node_rank: int, task: str, rank: int | None, stream: str, lines: list[str]) -> None:
+        if node_rank in self._record.apart and task == "rank" and rank is not None:
+            mirror.append(self._record.plan_of(rank).rank_dir, stream, lines)
+        if rank is None and node_rank and stream == "stderr":
+            return  # told once more if it fails
+        for line in lines:
+            self._console.say(output_line(rank, line))
+
+    def _on_exit(self, node_rank: int, rank: int, event: dict[str, Any]) -> None:
+        if node_rank in self._record.apart:
+            mirror.keep(self._record.plan_of(rank).rank_dir, event["files"])
+        ended = self._record.exited(rank, event)
+        self._happened(Exited(rank=rank, ended=ended, echo=self._record.is_echo(rank)))
+
+    def _on_prepared(self, node_rank: int, ended: Ended, tail: tuple[str, ...]) -> None:
+        if ended.exit_code and not self._record.prepare_tail:
+            self._record.prepare_tail = tail
+        where = self._channels[node_rank].host if len(self._channels) > 1 else ""
+        self._happened(Prepared(node_rank=node_rank, ended=ended, text=where))
+
     def _on_rank_event(self, rank: int, data: dict[str, Any]) -> None:
         if data.get("event") == "bound":
             self._check(rank, self._record.bound(rank, data))
-        elif rank == 0:
+        if data.get("event") == "step" and isinstance(data.get("step"), int):
+            self._record.stepped(rank, data["step"])
+        if rank == 0:
             self._on_main_event(data)
 
     def _on_main_event(self, data: dict[str, Any]) -> None:
@@ -155,7 +225,7 @@ class Run:
 def _signals() -> Iterator[int]:
     """A descriptor on which signals that ask the launcher to stop arrive by their numbers."""
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    before = {number: signal.signal(number, lambda *_: None) for number in STOPPING_SIGNALS}
+    before = {number: signal.signal(number, lambda *_: None) for number in (*STOPPING_SIGNALS, signal.SIGTSTP)}
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield reader

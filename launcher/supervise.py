@@ -36,6 +36,8 @@ class Cause:
     rank: int | None = None
     node_rank: int | None = None
     text: str = ""
+    echo: bool = False
+    """Likely the answer to a failure elsewhere, of which nothing was heard yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +73,8 @@ class Prepared:
 
     node_rank: int
     ended: Ended
+    text: str = ""
+    """Where, if there is more than one node."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +83,8 @@ class Exited:
 
     rank: int
     ended: Ended
+    echo: bool = False
+    """Its last words are of a peer or a connection that is gone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,8 +165,8 @@ def begin(nodes_of: tuple[int, ...]) -> RunState:
 def decide(state: RunState, event: Event) -> Decision:
     """The next state and what has to be done to get there."""
     match event:
-        case Prepared(node_rank=node, ended=ended):
-            return _prepared(state, node, ended)
+        case Prepared():
+            return _prepared(state, event)
         case Interrupted(signal=signal):
             return _interrupted(state, signal)
         case TimeUp():
@@ -184,8 +190,9 @@ def _without(state: RunState, event: Exited | Mismatched | Faulted | Lost) -> Ru
 def _reason(state: RunState, event: Exited | Mismatched | Faulted | Lost) -> _Stop | None:
     """Why the event ends the run, or None."""
     match event:
-        case Exited(rank=rank, ended=ended):
-            cause = Cause(kind="rank", rank=rank, node_rank=state.nodes_of[rank], exit_code=ended.exit_code)
+        case Exited(rank=rank, ended=ended, echo=echo):
+            node = state.nodes_of[rank]
+            cause = Cause(kind="rank", rank=rank, node_rank=node, exit_code=ended.exit_code, echo=echo)
             return _Stop(cause=cause) if ended.exit_code else None
         case Mismatched(rank=rank, text=text):
             node = state.nodes_of[rank]
@@ -194,10 +201,11 @@ def _reason(state: RunState, event: Exited | Mismatched | Faulted | Lost) -> _St
             return _Stop(cause=Cause(kind="agent", node_rank=node, exit_code=EXIT_FAILED, text=text))
 
 
-def _prepared(state: RunState, node: int, ended: Ended) -> Decision:
+def _prepared(state: RunState, event: Prepared) -> Decision:
+    node, code = event.node_rank, event.ended.exit_code
     state = dataclasses.replace(state, preparing=state.preparing - {node})
-    if ended.exit_code:
-        return _settle(state, _Stop(cause=Cause(kind="prepare", node_rank=node, exit_code=ended.exit_code)))
+    if code:
+        return _settle(state, _Stop(cause=Cause(kind="prepare", node_rank=node, exit_code=code, text=event.text)))
     if state.phase == "preparing" and not state.preparing:
         return _start(state)
     return _settle(state, None)
@@ -210,7 +218,7 @@ def _start(state: RunState) -> Decision:
 def _settle(state: RunState, stop: _Stop | None) -> Decision:
     """Begins to stop if there is a reason and it is the first; ends the run when nothing is left."""
     first = stop is not None and state.cause is None and state.phase in ("preparing", "running")
-    if stop is not None and first:
+    if stop is not None and (first or _is_behind(state, stop.cause)):
         state = dataclasses.replace(state, cause=stop.cause)
     if not state.alive and not state.preparing:
         return dataclasses.replace(state, phase="done"), ()
@@ -218,6 +226,13 @@ def _settle(state: RunState, stop: _Stop | None) -> Decision:
         state = dataclasses.replace(state, phase="stopping")
         return state, (SignalAll(signal=SIGTERM), SetTimer(seconds=stop.grace_s))
     return state, ()
+
+
+def _is_behind(state: RunState, cause: Cause) -> bool:
+    """Whether it is what the first cause was only the echo of: peers of a dead rank may be heard before its agent."""
+    echo = state.cause is not None and state.cause.echo and state.phase == "stopping"
+    ours = cause.exit_code == 128 + SIGTERM  # what ranks die of when they are told to stop
+    return echo and not cause.echo and not ours
 
 
 def _interrupted(state: RunState, signal: int) -> Decision:

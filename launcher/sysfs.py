@@ -66,6 +66,7 @@ def read(root: Path = ROOT) -> Topology:
         memory_only=bare,
         allowed=_allowed(root, online) & online,
         quota_cpus=_quota_cpus(root),
+        offline=CpuSet.of(_numbered(root / "sys/devices/system/cpu", "cpu")) - online,
         mems_allowed=_status_list(root, "Mems_allowed_list", CpuSet.of(nodes)) & CpuSet.of(nodes),
     )
 

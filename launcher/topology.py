@@ -49,6 +49,8 @@ class Topology:
     """Cpus this process may run on: affinity mask and cpuset."""
     quota_cpus: float | None = None
     """CPU time the cgroup grants, in cpus; None: unlimited."""
+    offline: CpuSet = CpuSet()  # noqa: RUF009  # an immutable value
+    """Cpus that are there but switched off."""
     mems_allowed: CpuSet
     """NUMA nodes memory may come from; empty where the kernel has no NUMA."""
 
@@ -65,6 +67,7 @@ class Topology:
             ],
             "memory_only": [_node_json(n) for n in self.memory_only],
             "allowed": str(self.allowed),
+            "offline": str(self.offline),
             "quota_cpus": self.quota_cpus,
             "mems_allowed": str(self.mems_allowed),
         }
@@ -83,6 +86,7 @@ class Topology:
                 memory_only=tuple(_node(n) for n in values.get("memory_only", ())),
                 allowed=CpuSet.parse(values["allowed"]),
                 quota_cpus=None if quota is None else float(quota),
+                offline=CpuSet.parse(values.get("offline", "")),
                 mems_allowed=CpuSet.parse(values["mems_allowed"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as fault:

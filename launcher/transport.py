@@ -2,50 +2,51 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shlex
+import socket
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from launcher.errors import LaunchError
-from launcher.hostfile import HostEntry
+from launcher.hostfile import LOCAL, HostEntry
+from launcher.wire import Lines, Outbox
 
-CHUNK_BYTES = 1 << 16
-
-
-class Lines:
-    """Cuts what arrives on a descriptor into lines."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._rest = b""
-        self.ended = False
-
-    def read(self) -> list[bytes]:
-        """Whole lines of one read; sets ``ended`` at the end of the stream."""
-        try:
-            data = os.read(self._fd, CHUNK_BYTES)
-        except BlockingIOError:
-            return []
-        self.ended = not data
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return lines
+AGENT: Final = (sys.executable, "-P", "-m", "launcher.agent")
+CONNECT_TIMEOUT_S: Final = 10
+SSH: Final = (
+    *("ssh", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_TIMEOUT_S}"),
+    # A connection of its own, that ends with this process and with a dead link, and carries nothing else.
+    *("-o", "ControlPath=none", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
+    *("-o", "ClearAllForwardings=yes", "-o", "ForwardAgent=no", "-o", "ForwardX11=no"),
+    *("-o", "EscapeChar=none", "-o", "LogLevel=ERROR"),
+)
+TAIL_BYTES: Final = 4096
 
 
 class Channel:
     """One agent. Closing its input makes it kill its ranks and go."""
 
-    def __init__(self, host: str, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, host: str, process: subprocess.Popen[bytes], errors: int | None = None) -> None:
         if process.stdin is None or process.stdout is None:
             raise ValueError("an agent's process needs both pipes")
         self.host = host
+        self.heard_at = time.monotonic()
+        """When the agent last said something."""
+        self.died: int | None = None
+        """Signal that killed the agent, as the process beside it told."""
         self._process = process
-        self._input = process.stdin
+        self._errors = errors
         self._output = process.stdout
         self._lines = Lines(process.stdout.fileno())
+        self.outbox = Outbox(process.stdin.fileno())
+        self._greeted = False
+        self._noise: deque[str] = deque(maxlen=3)
 
     @property
     def pid(self) -> int:
@@ -62,25 +63,29 @@ class Channel:
         return self._lines.ended
 
     def receive(self) -> list[dict[str, Any]]:
-        """Events that have arrived; waits for the first.
+        """Events that have arrived; waits for nothing.
 
         Raises:
             LaunchError: something other than an event arrived.
         """
-        return [self._event(line) for line in self._lines.read()]
+        lines = self._lines.read()
+        if lines:
+            self.heard_at = time.monotonic()
+        return [event for line in lines if (event := self._event(line)) is not None]
 
     def send(self, command: str, **values: Any) -> None:
         """Sends a command; an agent that is gone is told by its end of stream, not here."""
-        try:
-            self._input.write(json.dumps({"command": command, **values}).encode() + b"\n")
-            self._input.flush()
-        except BrokenPipeError:
-            return
+        self.outbox.put({"command": command, **values})
+
+    def hang_up(self) -> None:
+        """Asks the agent to end."""
+        self.outbox.broken = True  # the descriptor's number will be somebody else's
+        if self._process.stdin and not self._process.stdin.closed:
+            self._process.stdin.close()
 
     def close(self, timeout_s: float = 5.0) -> int | None:
         """Ends the agent and returns its exit code (-n for signal n); None: it had to be killed."""
-        with contextlib.suppress(BrokenPipeError):
-            self._input.close()
+        self.hang_up()
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -90,25 +95,61 @@ class Channel:
         finally:
             self._output.close()
 
-    def _event(self, line: bytes) -> dict[str, Any]:
+    def last_words(self) -> str:
+        """What the way to the agent said besides events: ssh's complaint, a login's banner; may be empty."""
+        said = b"" if self._errors is None else _tail(self._errors)
+        lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
+        return (lines or list(self._noise) or [""])[-1]
+
+    def _event(self, line: bytes) -> dict[str, Any] | None:
         try:
-            return dict(json.loads(line))
+            event = dict(json.loads(line))
         except (ValueError, TypeError) as fault:
             shown = line[:200].decode(errors="replace")
-            raise LaunchError(f'{self.host}: the agent said something that is no event: "{shown}"') from fault
+            if self._greeted and shown:
+                raise LaunchError(f'{self.host}: the agent said something that is no event: "{shown}"') from fault
+            if shown.strip():  # a banner, or what a login script prints
+                self._noise.append(shown)
+            return None
+        self._greeted |= event.get("event") == "hello"
+        self.died = event["signal"] if event.get("event") == "died" else self.died
+        return event if self._greeted else None
 
 
 Transport = Callable[[HostEntry], Channel]
 """Starts the agent of one host."""
 
 
+def start(entry: HostEntry) -> Channel:
+    """An agent on this machine where the entry names it, else over ssh."""
+    return local(entry) if entry.user is None and entry.host in (LOCAL, socket.gethostname()) else ssh(entry)
+
+
 def local(entry: HostEntry) -> Channel:
     """An agent on this machine."""
     # A session of its own: Ctrl-C at the terminal reaches the launcher alone, which decides what to do.
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "launcher.agent"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
+    process = subprocess.Popen(AGENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     return Channel(entry.host, process)
+
+
+def ssh(entry: HostEntry) -> Channel:
+    """An agent on another machine, with the interpreter at the same path.
+
+    Raises:
+        LaunchError: there is no ssh here.
+    """
+    user = () if entry.user is None else ("-l", entry.user)
+    errors = os.memfd_create("ssh")
+    words = (*SSH, *user, "--", entry.host, shlex.join(AGENT))
+    try:
+        process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        )
+    except OSError as fault:
+        raise LaunchError(f'{entry.host}: cannot start "ssh": {fault.strerror}; install an ssh client') from fault
+    return Channel(entry.host, process, errors)
+
+
+def _tail(fd: int) -> bytes:
+    size = os.fstat(fd).st_size
+    return os.pread(fd, TAIL_BYTES, max(0, size - TAIL_BYTES))

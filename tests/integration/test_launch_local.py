@@ -119,8 +119,9 @@ def test_what_only_tells_is_quick_and_writes_nothing(tmp_path, words):
         elapsed.append(time.monotonic() - begun)
         worked.append(sum(after[2:4]) - sum(before[2:4]))
     assert list(tmp_path.iterdir()) == []
-    # On a busy machine the clock counts other people's work; CPU time does not.
-    assert min(statistics.median(elapsed), statistics.median(worked)) < 0.2
+    # The clock is what a person waits for. On a busy machine it counts other people's work too; CPU time does not.
+    busy = os.getloadavg()[0] >= 1
+    assert statistics.median(worked if busy else elapsed) < 0.2
 
 
 def test_what_only_tells_never_imports_torch(tmp_path):
@@ -157,7 +158,8 @@ def test_falcon_report_tells_it_again(tmp_path, tell):
     [
         (["--nproc-per-node", "4096", "--", "x.py"], 'fewer than ranks: "4096"'),
         (["--recipe", "nope"], 'no such recipe: "nope"'),
-        (["--hostfile", "h"], 'no such flag: "--hostfile"'),
+        (["--hostfile", "h"], '--hostfile: cannot be read: "h"'),
+        (["--hostfil", "h"], 'did you mean "--hostfile"?'),
         (["--set", "optim.lrr=1"], 'did you mean "optim.lr"?'),
         (["--nproc-per-node", "1", "--", "missing.py"], 'no such script: "missing.py"'),
     ],

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from falcon_dist.config import Value
-from launcher import cli, config
+from launcher import config
+from launcher import flags as command_line
 from launcher.config import Flags, Program
 from launcher.errors import UserError
 
@@ -110,14 +111,14 @@ def test_resume_auto_without_a_checkpoint_starts_fresh_and_says_so(tmp_path):
 )
 @pytest.mark.parametrize("flag", [["--nproc-per-node", "2"], ["--nproc_per_node=2"], ["--nprocs-per-node", "2"]])
 def test_a_programs_arguments_are_its_own(argv, program, flag):
-    order = cli.parse([*flag, "--dry-run", *argv])
+    order = command_line.parse([*flag, "--dry-run", *argv])
     assert order.flags.program == program
     assert order.dry_run
     assert not order.as_json
     assert order.flags.launch["nproc_per_node"].value == 2
 
 
-@pytest.mark.parametrize("argv", [["--nproc", "2"], ["--recipe"], ["--"], ["-m"], ["--hostfile", "h"], ["--bf16"]])
+@pytest.mark.parametrize("argv", [["--nproc", "2"], ["--recipe"], ["--"], ["-m"], ["--hostfile"], ["--bf16"]])
 def test_a_command_line_that_makes_no_sense(argv):
     with pytest.raises(UserError, match=r"^arguments: "):
-        cli.parse(argv)
+        command_line.parse(argv)

@@ -1,10 +1,12 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher import placement
 from launcher.cluster import HostFacts, join
 from launcher.cpuset import CpuSet
-from launcher.hostfile import this_machine
-from launcher.placement import place, usable_cores
+from launcher.hostfile import HostEntry, Hostfile
+from launcher.network import alone
+from launcher.placement import Policy, usable_cores
 from launcher.topology import Core, NumaNode, Socket, Topology
 
 
@@ -29,14 +31,19 @@ def machines(draw):
     return Topology(sockets=tuple(sockets), allowed=CpuSet(allowed), quota_cpus=quota, mems_allowed=mems)
 
 
-def bindings(topology, nproc):
+def only_node(topology, **entry):
     facts = HostFacts(topology=topology, python="python", versions={})
-    return [placed.binding for placed in place(join(this_machine(), [facts]), nproc).ranks]
+    hosts = Hostfile(entries=(HostEntry(host="node1", **entry),), source="hosts")
+    return join(hosts, [facts], alone()).nodes[0]
+
+
+def bindings(topology, nproc=None, **policy):
+    return placement.bindings(only_node(topology), Policy(nproc_per_node=nproc, **policy))
 
 
 @given(machines(), st.data())
 def test_ranks_share_nothing_and_are_balanced(topology, data):
-    cores = [core for group in usable_cores(topology) for core in group]
+    cores = [core for group in usable_cores(only_node(topology), Policy()) for core in group]
     most = len(cores) if topology.quota_cpus is None else min(len(cores), max(1, int(topology.quota_cpus)))
     nproc = data.draw(st.integers(1, most))
     ranks = bindings(topology, nproc)
@@ -52,7 +59,7 @@ def test_ranks_share_nothing_and_are_balanced(topology, data):
 
 @given(machines(), st.integers(1, 4))
 def test_no_rank_straddles_when_ranks_are_a_multiple_of_nodes(topology, factor):
-    groups = usable_cores(topology)
+    groups = usable_cores(only_node(topology), Policy())
     nproc = factor * len(groups)
     if min(map(len, groups)) >= factor and topology.quota_cpus is None:
         ranks = bindings(topology, nproc)
@@ -63,4 +70,4 @@ def test_no_rank_straddles_when_ranks_are_a_multiple_of_nodes(topology, factor):
 @given(machines())
 def test_the_default_is_a_rank_per_node_with_cores(topology):
     budget = topology.quota_cpus or 1000
-    assert len(bindings(topology, None)) == min(len(usable_cores(topology)), max(1, int(budget)))
+    assert len(bindings(topology, None)) == min(len(usable_cores(only_node(topology), Policy())), max(1, int(budget)))

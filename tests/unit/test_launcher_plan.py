@@ -3,13 +3,14 @@ import json
 import pytest
 from topologies.trees import write_tree
 
-from launcher import environment, planner, render, sysfs
+from launcher import environment, network, planner, render, sysfs
 from launcher.cluster import HostFacts, join
 from launcher.config import LaunchConfig, LaunchSettings, Program
 from launcher.errors import UserError
 from launcher.hostfile import this_machine
-from launcher.placement import place
+from launcher.placement import Policy, place
 from launcher.plan import LaunchPlan, Site
+from launcher.planner import Opened
 from launcher.redaction import REDACTED, is_secret, redact
 
 ENVIRON = {"PATH": "/bin", "HOME": "/h", "LC_ALL": "C", "HF_TOKEN": "hf_s3cret", "OMP_NUM_THREADS": "64", "X": "y"}
@@ -20,10 +21,11 @@ SCRIPT = Program(module=False, argv=("my script.py", "--log", "a b"))
 def make_plan(tmp_path):
     def make(program=SCRIPT, port=29511, versions=None, **launch) -> LaunchPlan:
         topology = sysfs.read(write_tree(tmp_path, sockets=2))
-        cluster = join(this_machine(), [HostFacts(topology=topology, python="/py", versions=versions or {})])
+        facts = [HostFacts(topology=topology, python="/py", versions=versions or {})]
+        cluster = join(this_machine(), facts, network.alone())
         config = LaunchConfig(launch=LaunchSettings(**launch), program=program)
         site = Site(run_id="r", attempt=1, run_dir="/runs/r", cwd="/work")
-        return planner.build(config, cluster, place(cluster, None), site, ENVIRON, port=port)
+        return planner.build(config, cluster, place(cluster, Policy()), site, ENVIRON, opened=Opened(port=port))
 
     return make
 
@@ -67,8 +69,8 @@ def test_our_program_is_handed_the_store_and_prepared(make_plan):
     assert "FALCON_STORE_FD" not in plan.ranks[1].env
     assert plan.ranks[0].env["MASTER_PORT"] == "<probed>"
     assert plan.nodes[0].store is None
-    assert plan.nodes[0].prepare is not None
-    assert "RANK" not in plan.nodes[0].prepare.env
+    (prepare,) = plan.nodes[0].prepare
+    assert "RANK" not in prepare.env
     assert plan.ranks[0].argv[-4:] == ("--config", "/runs/r/attempt_1/config.json", "--run-dir", "/runs/r")
 
 

@@ -5,17 +5,22 @@ from topologies.trees import put, write_tree
 
 from launcher import sysfs
 from launcher.binding import Binding
-from launcher.cluster import HostFacts, join
+from launcher.cluster import HostFacts, Node, join
 from launcher.cpuset import CpuSet
 from launcher.errors import UserError
 from launcher.hostfile import this_machine
-from launcher.placement import place, usable_cores
+from launcher.network import alone
+from launcher.placement import Policy, bindings, usable_cores
 from launcher.topology import Topology
 
 
 def seats(root, nproc=None) -> list[Binding]:
-    facts = HostFacts(topology=sysfs.read(root), python="python", versions={})
-    return [placed.binding for placed in place(join(this_machine(), [facts]), nproc).ranks]
+    return bindings(node_of(sysfs.read(root)), Policy(nproc_per_node=nproc))
+
+
+def node_of(topology) -> Node:
+    facts = HostFacts(topology=topology, python="python", versions={})
+    return join(this_machine(), [facts], alone()).nodes[0]
 
 
 CASES = {
@@ -105,7 +110,7 @@ def test_more_ranks_than_cores_names_the_numbers(tree, nproc, numbers, tmp_path)
 def test_this_machine_can_be_read():
     topology = sysfs.read()
     assert topology.allowed.ids <= topology.cpus.ids
-    assert usable_cores(topology)
+    assert usable_cores(node_of(topology), Policy())
 
 
 def test_saved_topologies_by_path_and_by_host(tmp_path):

@@ -10,10 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = {
     "values": ["errors", "cpuset", "hostnames", "redaction", "binding"],
-    "describe": ["hostfile", "hostselect", "topology", "config", "cluster", "plan"],
-    "decide": ["placement", "environment", "planner", "supervise", "report", "record", "render"],
-    "act": ["bind", "sysfs", "transport", "child", "discover", "folder", "console", "agent", "run"],
-    "enter": ["cli", "verbs"],
+    "describe": ["hostfile", "hostselect", "network", "topology", "config", "cluster", "plan"],
+    "decide": ["placement", "explain", "environment", "planner", "supervise", "report", "record", "render", "checks"],
+    "act": [
+        *("bind", "sysfs", "memory", "wire", "transport", "child", "crew", "doors", "hello", "survey", "roster"),
+        *("rundir", "agent", "courier", "discover", "folder", "mirror", "console", "run"),
+    ],
+    "enter": ["flags", "cli", "verbs"],
 }
 ORDER = list(LAYERS)
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}

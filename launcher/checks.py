@@ -1,0 +1,81 @@
+"""What must be the same, or be there, on all hosts before anything is started. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from launcher.cluster import HostFacts
+from launcher.config import Program
+from launcher.errors import UserError
+from launcher.render import table
+
+OURS: Final = ("falcon-dist", "torch", "transformers", "trl", "accelerate")
+"""Distributions that must be the same where our own program runs."""
+THEIRS: Final = ("falcon-dist", "torch")
+LEAST_DISK_BYTES: Final = 1 << 30
+Row = tuple[str, ...]
+
+
+def judge(
+    hosts: Sequence[str],
+    facts: Sequence[HostFacts],
+    surveys: Sequence[Mapping[str, Any]],
+    cwd: str,
+    program: Program | None,
+) -> tuple[str, ...]:
+    """Notes on what differs without harm.
+
+    Raises:
+        UserError: what is missing on a host, or a table of what differs between them.
+    """
+    missing = [fault for host, told in zip(hosts, surveys, strict=True) for fault in _missing(host, told, cwd, program)]
+    if missing:
+        raise UserError("\n".join(missing))
+    _check_same_machine(hosts, facts)
+    rows = _skew(facts, surveys, program)
+    if rows:
+        shown = table(("", *hosts), rows)
+        raise UserError(f'hosts: not the same software: "{", ".join(r[0] for r in rows)}"; make them the same\n{shown}')
+    return _notes(hosts, surveys)
+
+
+def _missing(host: str, told: Mapping[str, Any], cwd: str, program: Program | None) -> list[str]:
+    faults = []
+    if program is not None and not told["cwd"]:
+        faults.append(f'{host}: no such folder: "{cwd}"; start from a folder that is on every host')
+    elif program is not None and not program.module and told["script"] is None:
+        where = "" if host == "localhost" else f"{host}: "
+        faults.append(f'{where}no such script: "{program.argv[0]}"; give the path of a Python program')
+    if not told["writable"]:
+        faults.append(f'{host}: the run folder cannot be written: "{told["place"]}"; choose another with --runs-dir')
+    return faults
+
+
+def _check_same_machine(hosts: Sequence[str], facts: Sequence[HostFacts]) -> None:
+    seen: dict[str, str] = {}
+    for host, known in zip(hosts, facts, strict=True):
+        other = seen.setdefault(known.machine or host, host)
+        if other is not host:
+            raise UserError(f'hosts: the same machine as {other}: "{host}"; name it once, with slots=N for N ranks')
+
+
+def _skew(facts: Sequence[HostFacts], surveys: Sequence[Mapping[str, Any]], program: Program | None) -> list[Row]:
+    rows = [("python", *(".".join(f.python_version.split(".")[:2]) for f in facts))]
+    rows += [(name, *(f.versions.get(name, "-") for f in facts)) for name in (OURS if program is None else THEIRS)]
+    rows.append(("falcon-dist code", *(s["code"] for s in surveys)))
+    if program is not None:
+        rows.append(("script", *(s["script"] or "-" for s in surveys)))
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _notes(hosts: Sequence[str], surveys: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    notes = []
+    kinds = {told["isa"] for told in surveys}
+    if len(kinds) > 1:
+        pairs = ", ".join(f"{host} {told['isa']}" for host, told in zip(hosts, surveys, strict=True))
+        notes.append(f"hosts differ in their widest instruction set; the slowest sets the pace: {pairs}")
+    for host, told in zip(hosts, surveys, strict=True):
+        if told["disk_bytes"] < LEAST_DISK_BYTES:
+            notes.append(f"{host} has {told['disk_bytes'] / 1e9:.1f} GB left where the run folder is: {told['place']}")
+    return tuple(notes)

@@ -1,0 +1,198 @@
+"""The command line of falcon-launch: words -> Order. Every flag in both spellings, ``-`` and ``_``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from falcon_dist.config import Value
+from launcher import config
+from launcher.config import Flags, Program
+from launcher.errors import UserError
+
+USAGE: Final = """falcon-launch [flags]                                 train what a recipe says
+       falcon-launch [flags] -- script.py [arguments]        run any torch.distributed program
+       falcon-launch [flags] -m module [arguments]"""
+TEXT_FLAGS: Final = (
+    "run_id",
+    "runs_dir",
+    "hostfile",
+    "hosts",
+    "include",
+    "exclude",
+    "sockets",
+    "numa_nodes",
+    "cores_list",
+)
+"""Settings that are text even where they look like a number."""
+NUMBER_FLAGS: Final = ("nproc_per_node", "nnodes", "ncores_per_rank", "ccl_worker_count", "backend", "memory_allocator")
+SWITCHES: Final = (
+    *("--dry-run", "--json", "--quiet", "--use-logical-cores", "--report-bindings", "--explain"),
+    *("--version", "--help", "-h"),
+)
+"""Own flags that take no value."""
+MODULE_MARKS: Final = ("-m", "--module")
+PROGRAM_MARKS: Final = ("--", *MODULE_MARKS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """A command line, understood."""
+
+    flags: Flags
+    topologies: tuple[str, ...] = ()
+    """PATH or HOST=PATH, in place of what the hosts say."""
+    dry_run: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    report_bindings: bool = False
+    explain: bool = False
+
+
+def parse(argv: Sequence[str]) -> Order:
+    """The order a command line gives.
+
+    Raises:
+        UserError: a flag is not known or lacks its value.
+    """
+    own, program = _split(list(argv))
+    parser = _parser()
+    known, unknown = parser.parse_known_args(own)
+    if unknown:
+        raise UserError(_no_such_flag(unknown[0].partition("=")[0], parser))
+    given = vars(known)
+    return Order(
+        flags=_flags(given, program),
+        topologies=tuple(given["topology"]),
+        dry_run=given["dry_run"],
+        as_json=given["json"],
+        quiet=given["quiet"],
+        report_bindings=given["report_bindings"],
+        explain=given["explain"],
+    )
+
+
+def _split(argv: list[str]) -> tuple[list[str], Program | None]:
+    """Own flags, and the program after them, whose arguments are nobody else's business.
+
+    A program begins after ``--`` or ``-m``, or at the first word that is no flag and no flag's value.
+    """
+    at = 0
+    while at < len(argv) and argv[at].startswith("-") and argv[at] not in PROGRAM_MARKS:
+        alone = "=" in argv[at] or argv[at].replace("_", "-") in SWITCHES
+        at += 1 if alone or _is_last_word_of_resume(argv[at : at + 2]) else 2
+    if at >= len(argv):
+        return argv, None
+    words = argv[at + 1 :] if argv[at] in PROGRAM_MARKS else argv[at:]
+    if not words:
+        raise UserError(f'arguments: nothing to run after "{argv[at]}"; see falcon-launch --help')
+    return argv[:at], Program(module=argv[at] in MODULE_MARKS, argv=tuple(words))
+
+
+def _is_last_word_of_resume(words: list[str]) -> bool:
+    return words[0] == "--resume" and words[1:2] != [] and words[1].startswith("-")
+
+
+def _flags(given: Mapping[str, Any], program: Program | None) -> Flags:
+    return Flags(
+        launch=_settings(given),
+        sets=tuple(given["set"]),
+        env=tuple(given["env"]),
+        env_file=given["env_file"],
+        recipe=given["recipe"],
+        resume=given["resume"],
+        program=program,
+    )
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Value]:
+    """Keys of LaunchSettings that were given, each with its flag."""
+    texts = {key: given[key] for key in TEXT_FLAGS if given[key] is not None}
+    others = {key: config.parse_value(given[key]) for key in NUMBER_FLAGS if given[key] is not None}
+    switched = {"use_logical_cores": True} if given["use_logical_cores"] else {}
+    return {key: Value(value, f"--{key.replace('_', '-')}") for key, value in (texts | others | switched).items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    names: tuple[str, ...] = ()
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"arguments: {message}; see falcon-launch --help")
+
+    def flag(self, name: str, *, also: tuple[str, ...] = (), **how: Any) -> None:
+        """A flag in both spellings, of which the help shows one."""
+        self.names += (name,)
+        dest = name.strip("-").replace("-", "_")
+        self.add_argument(name, dest=dest, **how)
+        spellings = {*also, *(n[:2] + n[2:].replace("-", "_") for n in (name, *also))} - {name}
+        if spellings:
+            self.add_argument(*sorted(spellings), dest=dest, **how | {"help": argparse.SUPPRESS})
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib import metadata  # slow, and needed here only
+
+        parser.exit(0, f"falcon-launch {metadata.version('falcon-dist')}\n")
+
+
+def _no_such_flag(flag: str, parser: _Parser) -> str:
+    near = difflib.get_close_matches(flag.replace("_", "-"), parser.names, 1)
+    hint = f'did you mean "{near[0]}"?' if near else "see falcon-launch --help"
+    return f'arguments: no such flag: "{flag}"; {hint}'
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="falcon-launch", usage=USAGE, allow_abbrev=False, add_help=False)
+    for add in (_host_flags, _core_flags, _run_flags):
+        add(parser)
+    parser.flag("--version", action=_Version, nargs=0, help="print the version")
+    parser.add_argument("-h", "--help", action="help", help="print this")
+    return parser
+
+
+def _host_flags(parser: _Parser) -> None:
+    flag = parser.flag
+    flag("--hostfile", also=("-H", "-f"), metavar="FILE", help="hosts of the run, one a line (docs/launching.md)")
+    flag("--hosts", also=("-host",), metavar="A,B", help='the same as a list: "a,b:2,node[1-3]"')
+    flag("--include", also=("-i",), metavar="A@B:0,1", help="these hosts (or slots of them) only")
+    flag("--exclude", also=("-e",), metavar="A@B:0,1", help="all hosts but these")
+    flag("--nnodes", also=("--num-nodes",), metavar="N", help="the first N hosts (default: all)")
+
+
+def _core_flags(parser: _Parser) -> None:
+    flag = parser.flag
+    flag(
+        "--nproc-per-node",
+        also=("--nprocs-per-node", "-ppn"),
+        metavar="N",
+        help='ranks on each host; "auto": its slots, or one per NUMA node; "socket": one per socket',
+    )
+    flag("--sockets", metavar="LIST", help='use these sockets only, as "0"')
+    flag("--numa-nodes", also=("--nodes-list",), metavar="LIST", help='use these NUMA nodes only, as "0-1"')
+    flag("--cores-list", also=("--core-list",), metavar="LIST", help='use these cpus only, as "0-27"')
+    flag("--ncores-per-rank", also=("--ncores-per-instance",), metavar="N", help="compute cores of each rank")
+    flag("--use-logical-cores", action="store_true", help="all threads of each core, not one")
+    flag("--ccl-worker-count", metavar="N", help="cores of each rank kept free for oneCCL's workers")
+    flag("--memory-allocator", metavar="NAME", help="default, tcmalloc or jemalloc")
+    flag("--report-bindings", action="store_true", help="print every rank's cores at the start")
+    flag("--explain", action="store_true", help="print why cpus are not used")
+
+
+def _run_flags(parser: _Parser) -> None:
+    flag = parser.flag
+    flag("--recipe", metavar="NAME|FILE", help="a complete configuration (default: demo)")
+    flag("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, as --set optim.lr=2e-5")
+    flag("--backend", metavar="NAME", help="collective backend: auto, gloo or ccl")
+    flag("--env", metavar="NAME[=VALUE]", action="append", default=[], help="a variable for the ranks")
+    flag("--env-file", metavar="FILE", help="NAME=VALUE lines for the ranks")
+    flag("--resume", metavar="RUN", nargs="?", const="auto", help="go on with a run: its id, its folder, or auto")
+    flag("--run-id", metavar="NAME", help="name of the run's folder (default: from the time)")
+    flag("--runs-dir", metavar="DIR", help="where run folders are (default: runs)")
+    flag("--topology", metavar="[HOST=]PATH", action="append", default=[], help="a saved topology, not the host's own")
+    flag("--dry-run", action="store_true", help="print the plan and stop")
+    flag("--json", action="store_true", help="the plan or the report as JSON")
+    flag("--quiet", action="store_true", help="failures and the closing report only")

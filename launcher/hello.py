@@ -1,0 +1,67 @@
+"""What an agent tells of its host at once, cheaply: every --dry-run waits for it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from launcher import sysfs
+
+VERSIONS_OF: Final = ("falcon-dist", "torch", "transformers", "trl", "accelerate", "oneccl-cpu-devel")
+PROTOCOL: Final = 2
+IDENTITY: Final = ("HOME", "USER", "LOGNAME", "SHELL")
+"""Variables that are the host's own business."""
+ALLOCATORS: Final = {
+    "tcmalloc": ("libtcmalloc.so", "libtcmalloc_minimal.so"),
+    "jemalloc": ("libjemalloc.so",),
+}
+SONAME_ENDS: Final = ("", ".4", ".2", ".1")
+
+
+def facts() -> dict[str, Any]:
+    """The agent's first words."""
+    return {
+        "protocol": PROTOCOL,
+        "hostname": socket.gethostname(),
+        "boot_id": _boot_id(),
+        "pid": os.getpid(),
+        "python": sys.executable,
+        "python_version": platform.python_version(),
+        "versions": versions(),
+        "identity": {name: os.environ[name] for name in IDENTITY if name in os.environ},
+        "allocators": allocators(),
+        "topology": sysfs.read().to_json(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed distributions that matter to a run."""
+    # importlib.metadata would tell the same in ten times the time.
+    entries = [p.name for place in reversed(sys.path) if place for p in Path(place).glob("*.dist-info")]
+    parts = [name.removesuffix(".dist-info").rpartition("-") for name in entries]
+    installed = {name.lower().replace("_", "-"): version for name, _, version in parts}
+    return {name: installed[name] for name in VERSIONS_OF if name in installed}
+
+
+def allocators() -> dict[str, str]:
+    """Memory allocators found beside the interpreter, or where Debian and others put libraries."""
+    machine = f"{platform.machine()}-linux-gnu"
+    places = [Path(sys.prefix, "lib")]
+    places += [Path(p) for p in (f"/usr/lib/{machine}", f"/lib/{machine}", "/usr/lib64", "/usr/local/lib", "/usr/lib")]
+    found: dict[str, str] = {}
+    for name, libraries in ALLOCATORS.items():
+        paths = (p / f"{lib}{end}" for p in places for lib in libraries for end in SONAME_ENDS)
+        if path := next((p for p in paths if p.is_file()), None):
+            found[name] = str(path)
+    return found
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

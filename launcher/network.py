@@ -1,0 +1,110 @@
+"""Where hosts meet: an address of node 0 that every one of them has reached, and each one's way to it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from launcher.errors import LaunchError, UserError
+from launcher.hostfile import HostEntry, Hostfile
+
+NOT_PROBED: Final = "<probed>"
+"""Stands for what only a real start finds out."""
+LOOPBACK: Final = "127.0.0.1"
+LOOPBACK_IFNAME: Final = "lo"
+VIRTUAL: Final = ("docker", "veth", "br-", "virbr", "cni", "flannel", "podman", "tun", "tap")
+"""Interfaces that seldom lead to another host: tried last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meeting:
+    """How the hosts of a run reach each other."""
+
+    addr: str
+    """Address of node 0."""
+    ifnames: tuple[str, ...]
+    """Interface of each host that routes there, in node_rank order."""
+    notes: tuple[str, ...] = ()
+
+
+def alone() -> Meeting:
+    """One host only: its ranks meet on the loopback address, which no other host can reach."""
+    return Meeting(addr=LOOPBACK, ifnames=(LOOPBACK_IFNAME,))
+
+
+def unprobed(hosts: Hostfile) -> Meeting:
+    """What a dry run can say."""
+    first = hosts.entries[0]
+    return Meeting(addr=first.addr or NOT_PROBED, ifnames=tuple(e.ifname or NOT_PROBED for e in hosts.entries))
+
+
+def candidates(hosts: Hostfile, doors: Mapping[str, Any]) -> tuple[str, ...]:
+    """Addresses of node 0 worth knocking at, the likeliest first; ``doors``: what its agent told.
+
+    Raises:
+        UserError: the hostfile asks for an address or interface that node 0 does not have or others cannot reach.
+    """
+    first = hosts.entries[0]
+    own: Mapping[str, str] = doors["addresses"]
+    _check_own(hosts, first, own)
+    entered_by: Sequence[str] = doors["entered_by"]
+    usable = [a for a in own if a in doors["ports"] and not _is_loopback(a)]
+    if first.addr:
+        return (first.addr,)
+    if first.ifname:
+        usable = [a for a in usable if own[a] == first.ifname]
+    return tuple(sorted(usable, key=lambda a: (a not in entered_by, own[a].startswith(VIRTUAL), ":" in a)))
+
+
+def choose(
+    hosts: Hostfile, doors: Mapping[str, Any], tried: Sequence[str], knocks: Sequence[Mapping[str, Mapping[str, str]]]
+) -> Meeting:
+    """The first address that every host has reached; ``knocks``: what each host but the first found.
+
+    Raises:
+        LaunchError: there is none.
+    """
+    others = hosts.entries[1:]
+    for addr in tried:
+        if all(addr in reached for reached in knocks):
+            ifnames = (doors["addresses"][addr], *(reached[addr]["ifname"] for reached in knocks))
+            return Meeting(addr=addr, ifnames=ifnames, notes=_notes(hosts.entries[0], addr, doors))
+    raise LaunchError(_unreached(hosts.entries[0], tried, [(e.host, k) for e, k in zip(others, knocks, strict=True)]))
+
+
+def way_out(entry: HostEntry) -> str | None:
+    """The interface or source address that the hostfile holds a host to."""
+    return entry.ifname or entry.addr
+
+
+def _check_own(hosts: Hostfile, first: HostEntry, own: Mapping[str, str]) -> None:
+    place = hosts.place_of(first)
+    if first.addr and _is_loopback(first.addr):
+        raise UserError(f'{place}: other hosts cannot reach a loopback address: "{first.addr}"; give another or none')
+    if first.addr and first.addr not in own:
+        raise UserError(f'{place}: not an address of {first.host}: "{first.addr}"; it has {_shown(own)}')
+    if first.ifname and first.ifname not in own.values():
+        raise UserError(f'{place}: not an interface of {first.host}: "{first.ifname}"; it has {_shown(own.values())}')
+
+
+def _notes(first: HostEntry, addr: str, doors: Mapping[str, Any]) -> tuple[str, ...]:
+    line = doors["loopback_name"]
+    return (f"{first.host} calls itself loopback ({line}); the hosts meet at {addr}",) if line else ()
+
+
+def _unreached(first: HostEntry, tried: Sequence[str], knocks: list[tuple[str, Mapping[str, Any]]]) -> str:
+    if not tried:
+        return f"{first.host}: has no address but loopback; give it one, or run on this host alone"
+    lines = [f'{first.host}: no address of it is reached by all hosts: "{", ".join(tried)}"; open the firewall,']
+    lines[0] += " or give addr= and ifname= in the hostfile"
+    lines += [f"  {host} reached {', '.join(reached) or 'none of them'}" for host, reached in knocks]
+    return "\n".join(lines)
+
+
+def _is_loopback(addr: str) -> bool:
+    return addr.startswith("127.") or addr == "::1"
+
+
+def _shown(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names)))

@@ -1,0 +1,68 @@
+"""What the launcher checks on every host before anything is started, without importing torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import falcon_dist
+import launcher
+from launcher import memory
+
+ISA: Final = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""What oneDNN's kernels differ by, lowest first."""
+
+
+def take(cwd: str, script: str | None, run_dir: str) -> dict[str, Any]:
+    """This host's answers: whether the program is here and the same, and whether there is room for a run."""
+    place = _nearest(Path(run_dir))
+    return {
+        "code": own_code(),
+        "cwd": Path(cwd).is_dir(),
+        "script": _digest(Path(cwd, script)) if script is not None else None,
+        "isa": isa(),
+        "memory_bytes": memory.total_bytes(),
+        "disk_bytes": _free_bytes(place),
+        "writable": os.access(place, os.W_OK | os.X_OK),
+        "place": str(place),
+    }
+
+
+def own_code() -> str:
+    """Stands for every byte of this project's Python code."""
+    whole = hashlib.sha256()
+    for package in (falcon_dist, launcher):
+        folder = Path(next(iter(package.__path__)))
+        for path in sorted(folder.rglob("*.py")):
+            whole.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return whole.hexdigest()[:12]
+
+
+def isa() -> str:
+    """The widest instruction set for matrix products that this host's processor tells of."""
+    try:
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        flags = None
+    known = set(flags[1].split()) if flags else set()
+    return next((name for name in reversed(ISA) if name in known), "none")
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError:
+        return None
+
+
+def _nearest(path: Path) -> Path:
+    """The deepest part of a path that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _free_bytes(place: Path) -> int:
+    stats = os.statvfs(place)
+    return stats.f_bavail * stats.f_frsize

@@ -1,0 +1,72 @@
+"""Lines of JSON over a descriptor, both ways. Neither end ever waits: a dead link must not stop anybody."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+CHUNK_BYTES: Final = 1 << 16
+BEAT_S: Final = 2.0
+"""How often launcher and agent tell each other that they live."""
+SILENCE_S: Final = 10.0
+"""After so long without a word the other end counts as dead."""
+
+
+class Lines:
+    """Cuts what arrives on a descriptor into lines."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._rest = b""
+        self.ended = False
+
+    def read(self) -> list[bytes]:
+        """Whole lines of one read; sets ``ended`` at the end of the stream."""
+        try:
+            data = os.read(self._fd, CHUNK_BYTES)
+        except BlockingIOError:
+            return []
+        except ConnectionResetError:
+            data = b""
+        self.ended = not data
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return lines
+
+
+class Outbox:
+    """Sends JSON lines as fast as the other end takes them."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._waiting = bytearray()
+        self.broken = False
+        """The other end is gone."""
+        os.set_blocking(fd, False)
+
+    @property
+    def waiting(self) -> int:
+        """Bytes the other end has not taken yet."""
+        return len(self._waiting)
+
+    def fileno(self) -> int:
+        """Descriptor that is writable when ``flush`` has something to do."""
+        return self._fd
+
+    def put(self, message: Mapping[str, Any]) -> None:
+        """Sends a message, now or when there is room."""
+        if not self.broken:
+            self._waiting += json.dumps(message).encode() + b"\n"
+            self.flush()
+
+    def flush(self) -> None:
+        """Sends what waits, as far as it goes."""
+        try:
+            while self._waiting:
+                del self._waiting[: os.write(self._fd, bytes(self._waiting[:CHUNK_BYTES]))]
+        except BlockingIOError:
+            return
+        except (BrokenPipeError, ConnectionResetError):
+            self.broken = True
+            self._waiting.clear()

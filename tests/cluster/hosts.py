@@ -1,0 +1,265 @@
+"""Hosts made of Linux namespaces on one machine: each with its own network, processes, name, disk and a real sshd.
+
+Needs root and the programs in ``NEEDED``. Nothing can leave: the hosts share a bridge in a namespace of its own and
+have no route beyond it. All else of the file system is shared, as over NFS; each host sees a disk of its own at
+``Hosts.disk``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+NEEDED = ("ip", "nft", "sshd", "ssh", "ssh-keygen", "unshare", "nsenter", "setpriv", "mount")
+PATHS = "/usr/sbin:/sbin:/usr/bin:/bin"
+INIT = Path(__file__).with_name("host_init.py")
+SSHD = """
+Port 22
+HostKey {folder}/hostkey
+AuthorizedKeysFile {folder}/id.pub
+StrictModes no
+UsePAM no
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+PermitRootLogin prohibit-password
+UseDNS no
+PidFile none
+MaxStartups 200
+"""
+CLIENT = """
+Host node* {network}.*
+  IdentityFile {folder}/id
+  IdentitiesOnly yes
+  UserKnownHostsFile {folder}/known_hosts
+  StrictHostKeyChecking yes
+"""
+
+
+def missing() -> list[str]:
+    """What this machine lacks for such hosts."""
+    lacking = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:{PATHS}") is None]
+    return lacking + ([] if os.geteuid() == 0 else ["root"])
+
+
+def command(*words: str, **options: Any) -> str:
+    """Runs a command that must succeed; its output."""
+    env = {**os.environ, "PATH": f"{os.environ['PATH']}:{PATHS}"}
+    done = subprocess.run(words, capture_output=True, text=True, env=env, check=False, **options)
+    assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+    return done.stdout
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 10.0, what: str = "it") -> None:
+    """Returns when the condition holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come about within {timeout:g} s"
+        time.sleep(0.02)
+
+
+class Host:
+    """One of them."""
+
+    def __init__(self, hosts: Hosts, number: int) -> None:
+        self.name = f"node{number}"
+        self.address = f"{hosts.network}.{number}"
+        self.folder = hosts.folder / self.name
+        self.disk = self.folder / "disk"
+        """What the host sees at ``Hosts.disk``, seen from outside."""
+        self._hosts = hosts
+        self._netns = f"{hosts.prefix}{number}"
+        self._port = f"{hosts.prefix}p{number}"
+        self._number = number
+        self.init: int | None = None
+
+    def boot(self) -> None:
+        """Brings it up; returns when its sshd answers."""
+        for folder in (self.disk, self.folder / "cgroup"):
+            folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "ready").unlink(missing_ok=True)
+        self._plug()
+        words = ["nsenter", f"--net=/run/netns/{self._netns}", "unshare", "--pid", "--fork", "--uts", "--ipc"]
+        words += ["--mount", "--propagation", "private", sys.executable, "-I", str(INIT)]
+        words += [self.name, str(self.folder), str(self._hosts.folder)]
+        with (self.folder / "log").open("ab") as log:
+            started = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        self._hosts.started.append(started)
+        wait_until((self.folder / "ready").exists, what=f"{self.name}: see {self.folder}/log: ready")
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+        self.init = int(children[0])
+
+    def kill(self) -> None:
+        """Every process there dies at once, as when the machine fails but the network still answers for it."""
+        if self.init is not None:
+            os.kill(self.init, signal.SIGKILL)
+            wait_until(lambda: not Path(f"/proc/{self.init}").exists())
+            self.init = None
+
+    def off(self) -> None:
+        """Power cut: silence, then nothing."""
+        self.cut()
+        self.kill()
+        self.heal()
+        command("ip", "netns", "del", self._netns)
+
+    def cut(self) -> None:
+        """The network loses every frame to and from it, silently."""
+        rules = "".join(
+            f'chain {side} {{ type filter hook {hook} device "{self._port}" priority 0; drop; }}\n'
+            for side, hook in (("from", "ingress"), ("to", "egress"))
+        )
+        self._switch("nft", "-f", "-", input=f"table netdev {self._port} {{\n{rules}}}\n")
+
+    def heal(self) -> None:
+        """Undoes cut."""
+        self._switch("nft", "delete", "table", "netdev", self._port)
+
+    def enter(self, *words: str, cwd: Path | str = "/", **options: Any) -> subprocess.Popen[str]:
+        """A process started on this host; it dies with the one that waits for it here."""
+        entry = ["nsenter", "-t", str(self.init), "--net", "--pid", "--uts", "--ipc", "--mount", f"--wdns={cwd}", "--"]
+        tied = ["setpriv", "--pdeathsig", "KILL", "--", *words]
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([*entry, *tied], **{**pipes, **options})
+
+    def run(self, *words: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
+        """A command run on this host to its end."""
+        process = self.enter(*words, **options)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"{self.name}: no end of {words}:\n{out}\n{err}") from None
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def pids(self) -> list[int]:
+        """Processes of this host, by the numbers that the outside knows them by."""
+        return [int(pid) for pid in command("ip", "netns", "pids", self._netns).split()]
+
+    def find(self, *signs: str) -> list[int]:
+        """Those of them whose command line has all the signs."""
+        return [pid for pid in self.pids() if all(sign in command_line(pid) for sign in signs)]
+
+    def limit_memory(self, limit: int) -> None:
+        """All its processes together get so many bytes (cgroup v1 or v2)."""
+        folder = memory_group() / f"{self._hosts.prefix}{self._number}"
+        folder.mkdir(exist_ok=True)
+        self._hosts.groups.append(folder)
+        name = "memory.limit_in_bytes" if (folder / "memory.limit_in_bytes").exists() else "memory.max"
+        (folder / name).write_text(str(limit))
+        for pid in self.pids():
+            (folder / "cgroup.procs").write_text(str(pid))
+
+    def _plug(self) -> None:
+        hosts, inside = self._hosts, self._netns
+        command("ip", "netns", "add", inside)
+        # A fixed hardware address: peers find it again at once when it was off.
+        mac = f"02:00:00:00:00:{self._number:02x}"
+        pair = ["type", "veth", "peer", "name", self._port, "netns", hosts.switch]
+        command("ip", "-n", inside, "link", "add", "eth0", "address", mac, *pair)
+        command("ip", "-n", inside, "addr", "add", f"{self.address}/24", "dev", "eth0")
+        for name in ("lo", "eth0"):
+            command("ip", "-n", inside, "link", "set", name, "up")
+        command("ip", "-n", hosts.switch, "link", "set", self._port, "master", "br0", "up")
+
+    def _switch(self, *words: str, **options: Any) -> None:
+        command("ip", "netns", "exec", self._hosts.switch, *words, **options)
+
+
+class Hosts:
+    """node1, node2, ... for as long as the ``with`` block lasts."""
+
+    def __init__(self, count: int, folder: Path) -> None:
+        self.folder = folder
+        self.disk = folder / "disk"
+        """Where each host sees a disk of its own."""
+        self.prefix = f"f{os.getpid() % 100_000}n"
+        self.switch = f"f{os.getpid() % 100_000}sw"
+        self.network = f"10.{100 + os.getpid() % 100}.7"
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.groups: list[Path] = []
+        self.hosts = [Host(self, number) for number in range(1, count + 1)]
+
+    def __getitem__(self, index: int) -> Host:
+        return self.hosts[index]
+
+    def __iter__(self) -> Iterable[Host]:
+        return iter(self.hosts)
+
+    def __enter__(self) -> Self:
+        lacking = missing()
+        assert not lacking, f"these tests need {', '.join(lacking)}; see make test-cluster"
+        try:
+            self._write_settings()
+            command("ip", "netns", "add", self.switch)
+            command("ip", "-n", self.switch, "link", "add", "br0", "type", "bridge", "stp_state", "0")
+            command("ip", "-n", self.switch, "link", "set", "br0", "up")
+            for host in self.hosts:
+                host.boot()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for host in self.hosts:
+            host.kill()
+        for process in self.started:
+            process.wait(10)
+        for name in (self.switch, *(f"{self.prefix}{number}" for number in range(1, len(self.hosts) + 1))):
+            if Path("/run/netns", name).exists():
+                command("ip", "netns", "del", name)
+        for group in self.groups:
+            wait_until(lambda group=group: not (group / "cgroup.procs").read_text())
+            group.rmdir()
+
+    def _write_settings(self) -> None:
+        for name in ("client", "disk"):
+            (self.folder / name).mkdir(parents=True)
+        for key in ("id", "hostkey"):
+            command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / key))
+        names = [f"{host.address} {host.name}" for host in self.hosts]
+        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
+        public = " ".join((self.folder / "hostkey.pub").read_text().split()[:2])
+        (self.folder / "known_hosts").write_text(f"node*,{self.network}.* {public}\n")
+        values = {"folder": self.folder, "network": self.network}
+        (self.folder / "sshd_config").write_text(SSHD.format(**values))
+        (self.folder / "client" / "hosts.conf").write_text(CLIENT.format(**values))
+
+
+def memory_group() -> Path:
+    """The memory cgroup of this process, below which one may be made."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            below = Path("/sys/fs/cgroup/memory", path.lstrip("/"))
+            return below if below.is_dir() else Path("/sys/fs/cgroup/memory")
+    return Path("/sys/fs/cgroup")
+
+
+def command_line(pid: int) -> str:
+    """The words a process was started with; empty: it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def environment_of(pid: int) -> str:
+    """The environment a process was started with; empty: it is gone."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().replace(b"\0", b"\n").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def words_of(items: Sequence[object]) -> list[str]:
+    """Paths and numbers as words of a command."""
+    return [str(item) for item in items]
