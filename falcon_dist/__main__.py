@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import logging
 import os
 import sys
@@ -11,12 +11,14 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from falcon_dist import contract
-from falcon_dist.config import TrainConfig, build, check_known, flatten, keys_of
 from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR, RankResult, UserError
 
-VERBS = ("prepare", "train", "chat")
+SPOKEN: Final = ("chat", "compare", "preview")
+"""Verbs for people: each a module with a function of its name."""
+VERBS: Final = ("prepare", "train", *SPOKEN)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,15 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, words: list[str]) -> int:
     _quiet()
-    if verb == "chat":
-        from falcon_dist.chat import chat
-
-        return chat(words)
+    if verb in SPOKEN:
+        return int(getattr(importlib.import_module(f"falcon_dist.{verb}"), verb)(words))
     parser = argparse.ArgumentParser(prog=f"python -m falcon_dist {verb}")
     parser.add_argument("--config", type=Path, required=True, help="a config.json of a run")
     parser.add_argument("--run-dir", type=Path, help="the run folder (default: the config's)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest verified checkpoint")
     args = parser.parse_args(words)
+    from falcon_dist.settings import read_config
+
     config = read_config(args.config)
     folder = (args.run_dir or args.config.parent).resolve()
     if verb == "prepare":
@@ -61,20 +63,6 @@ def _run(verb: str, words: list[str]) -> int:
     if contract.RANK_DIR in os.environ:
         result.write(Path(os.environ[contract.RANK_DIR]))
     return 0
-
-
-def read_config(path: Path) -> TrainConfig:
-    """The "train" part of a run's config.json.
-
-    Raises:
-        UserError: the file is missing, no JSON, or has a value that does not fit.
-    """
-    try:
-        values = flatten(json.loads(path.read_text())["train"], str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f'{path}: cannot read the run\'s config: "{error}"') from error
-    check_known(values, keys_of(TrainConfig))
-    return build(TrainConfig, values)
 
 
 def _leave_failure(error: str) -> None:

@@ -56,6 +56,17 @@ def fold(cpus: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
+def unfold(text: str) -> set[int]:
+    """ "0-2,8" -> {0, 1, 2, 8}; empty where the text is no such list."""
+    cpus: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+            return set()
+        cpus |= set(range(int(first), int(last or first) + 1))
+    return cpus
+
+
 def peak_rss_bytes() -> int:
     """VmHWM: the most resident memory this process ever had, in bytes (proc(5))."""
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -69,7 +69,8 @@ class Found(NamedTuple):
     """A record that is of use, on its side of the split."""
 
     number: int
-    """Its place in the stream of all records."""
+    """Its number in the stream of all records."""
+    place: str
     held: bool
     passage: Passage
 
@@ -182,7 +183,7 @@ def find_passages(material: Material, skipped: Skipped, taken: collections.Count
         except UserError as error:
             raise UserError(f"{item.place}: {error}") from error
         taken[name] += 1
-        yield Found(number, held, passage)
+        yield Found(number, item.place, held, passage)
 
 
 def _stream(material: Material) -> Iterator[tuple[str, str | None, Item]]:

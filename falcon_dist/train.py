@@ -270,9 +270,17 @@ def _measure(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     with run.reporter.phase(phase):
         if len(run.store.evaluation):
             figures["held_out"] = held_out(model, run.store.evaluation, run.world, run.config.precision).as_dict()
-        if run.world.is_main:
-            sampling = Sampling(max_new_tokens=run.config.evaluate.max_new_tokens)
-            prompts = prompts_of(run.config.evaluate)
-            figures["answers"] = {p: answer(model, tokenizer, p, sampling)[0] for p in prompts}
-        dist.barrier()
+        figures["answers"] = _answers(run, model, tokenizer)
     return figures
+
+
+def _answers(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Rank 0's answers; the others wait for each one, so that no wait is longer than one answer takes."""
+    prompts = prompts_of(run.config.evaluate) if run.world.is_main else ()
+    sampling = Sampling(max_new_tokens=run.config.evaluate.max_new_tokens)
+    found = {}
+    for number in range(agree_on(len(prompts))):
+        if run.world.is_main:
+            found[prompts[number]] = answer(model, tokenizer, prompts[number], sampling)
+        dist.barrier()
+    return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,19 @@ class Value(NamedTuple):
     value: Any
     source: str
     """As shown in errors: ``recipes/demo.toml`` or ``--set``."""
+
+
+def parse_value(text: str) -> Any:
+    """The TOML value written in ``text``, or else the text itself.
+
+    >>> parse_value("2e-5"), parse_value("[1, 2]"), parse_value("./my.jsonl")
+    (2e-05, [1, 2], './my.jsonl')
+    """
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return table["value"] if set(table) == {"value"} else text
 
 
 def flatten(mapping: Mapping[str, Any], source: str, prefix: str = "") -> dict[str, Value]:
