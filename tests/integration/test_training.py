@@ -164,23 +164,40 @@ def processes_of(run: Path) -> list[int]:
     return found
 
 
-def test_killed_at_a_random_step_and_resumed_has_the_same_weights(two_ranks, tmp_path: Path) -> None:
-    recipe = write_inputs(tmp_path)
-    words = [BIN / "falcon-launch", "--nproc-per-node", "2", "--recipe", recipe, "--run-id", "killed"]
-    run = tmp_path / "runs" / "killed"
-    step = random.randint(2, 6)
-    with subprocess.Popen(words, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL) as process:
+def kill_all_at(step: int, folder: Path, recipe: Path, run_id: str) -> None:
+    """Starts two ranks and kills everything the run consists of, launcher first, once this step is done."""
+    words = [BIN / "falcon-launch", "--nproc-per-node", "2", "--recipe", recipe, "--run-id", run_id]
+    run = folder / "runs" / run_id
+    with subprocess.Popen(words, cwd=folder, env=environment(), stdout=subprocess.DEVNULL) as process:
         wait_for_step(run, step, process)
-        for pid in [*processes_of(run), process.pid]:
+        for pid in [process.pid, *processes_of(run)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def test_killed_at_a_random_step_and_resumed_has_the_same_weights(two_ranks, tmp_path: Path) -> None:
+    recipe = write_inputs(tmp_path)
+    kill_all_at(random.randint(3, 6), tmp_path, recipe, "killed")
     resumed = launch(tmp_path, "--nproc-per-node", "2", "--resume", "killed")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "resuming from" in resumed.stdout
     whole = only_run(two_ranks[0]) / "checkpoints" / "step-000008"
-    assert weights_digest(run / "checkpoints" / "step-000008") == weights_digest(whole)
+    assert weights_digest(tmp_path / "runs" / "killed" / "checkpoints" / "step-000008") == weights_digest(whole)
     assert len(weights_digest(whole)) >= 3
     assert "held-out, base:" in resumed.stdout
+
+
+def test_resumed_on_fewer_ranks_trains_the_same_rows(two_ranks, tmp_path: Path) -> None:
+    recipe = write_inputs(tmp_path)
+    kill_all_at(4, tmp_path, recipe, "killed")
+    resumed = launch(tmp_path, "--nproc-per-node", "1", "--resume", "killed")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    whole, rest = step_records(only_run(two_ranks[0])), step_records(tmp_path / "runs" / "killed", attempt=2)
+    assert max(rest) == 8
+    assert min(rest) <= 5
+    for step, record in rest.items():
+        assert sorted(record["rows"]) == sorted(whole[step]["rows"])
+        assert record["loss"] == pytest.approx(whole[step]["loss"], rel=0.01)
 
 
 def test_corrupted_newest_checkpoint_is_refused_and_the_one_before_is_taken(two_ranks, tmp_path: Path) -> None:
