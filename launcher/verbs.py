@@ -12,11 +12,13 @@ from typing import Final
 
 from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR
 from launcher import folder, render, sysfs
-from launcher.errors import UserError
+from launcher.errors import LaunchError, UserError
 
 OWN: Final = {
     "topology": "print what this machine is made of, as JSON",
     "report": "print how a run ended",
+    "ps": "list runs in progress",
+    "kill": "end a run, on all its hosts",
 }
 HANDED_ON: Final = {
     "chat": "talk to a model or a checkpoint",
@@ -34,6 +36,9 @@ def main() -> int:
     except UserError as fault:
         sys.stderr.write(f"falcon: {fault}\n")
         return EXIT_USER_ERROR
+    except LaunchError as fault:
+        sys.stderr.write(f"falcon: {fault}\n")
+        return EXIT_FAILED
     except BrokenPipeError:
         return EXIT_FAILED
 
@@ -53,7 +58,8 @@ def run(argv: Sequence[str]) -> int:
         os.execv(sys.executable, [sys.executable, "-P", "-m", "falcon_dist", verb, *rest])  # noqa: S606  # in place of this process
     if verb not in OWN:
         raise UserError(f'no such verb: "{verb}"; verbs: {", ".join([*OWN, *HANDED_ON])}')
-    return _topology(rest) if verb == "topology" else _report(rest)
+    own = {"topology": _topology, "report": _report, "ps": _ps, "kill": _kill}
+    return own[verb](rest)
 
 
 def help_text() -> str:
@@ -73,9 +79,8 @@ def _topology(argv: Sequence[str]) -> int:
 
 
 def _report(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="falcon report", description=OWN["report"])
+    parser = _parser("report")
     parser.add_argument("run", help="run folder, or run id")
-    parser.add_argument("--runs-dir", default="runs", help="where run folders are (default: runs)")
     parser.add_argument("--json", action="store_true", help="as JSON")
     given = parser.parse_args(argv)
     report = folder.read_report(given.run, given.runs_dir)
@@ -83,6 +88,33 @@ def _report(argv: Sequence[str]) -> int:
     text = json.dumps(report.to_json(), indent=1) if given.json else "\n".join(p for p in parts if p)
     sys.stdout.write(text + "\n")
     return 0
+
+
+def _ps(argv: Sequence[str]) -> int:
+    from launcher import running
+
+    given = _parser("ps").parse_args(argv)
+    rows = [run.row() for run in running.find_all(given.runs_dir)]
+    text = render.table(("run", "since", "ranks", "hosts", "launcher", "state"), rows) if rows else "nothing runs"
+    sys.stdout.write(f"{text}\n")
+    return 0
+
+
+def _kill(argv: Sequence[str]) -> int:
+    from launcher import running
+
+    parser = _parser("kill")
+    parser.add_argument("run", help="run folder, or run id")
+    given = parser.parse_args(argv)
+    done = running.end(running.find(given.run, given.runs_dir))
+    sys.stdout.write("".join(f"{host}: {text}\n" for host, text in done))
+    return EXIT_FAILED if any("could not" in text for _, text in done) else 0
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"falcon {verb}", description=OWN[verb])
+    parser.add_argument("--runs-dir", default="runs", help="where run folders are (default: runs)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ def main(name: str, own: Path, shared: Path) -> None:
     mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
     Path("/run/sshd").mkdir()
     mount("--bind", str(own / "disk"), str(shared / "disk"))
-    hosts = own / "hosts" if (own / "hosts").exists() else shared / "hosts"
-    mount("--bind", str(hosts), "/etc/hosts")
+    mount("--bind", str(shared / "hosts"), "/etc/hosts")
     mount("--bind", str(shared / "client"), "/etc/ssh/ssh_config.d")
     subprocess.run(["/usr/sbin/sshd", "-f", str(shared / "sshd_config"), "-E", str(own / "sshd.log")], check=True)
     (own / "ready").touch()

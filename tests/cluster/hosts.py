@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -102,13 +102,6 @@ class Host:
             wait_until(lambda: not Path(f"/proc/{self.init}").exists())
             self.init = None
 
-    def off(self) -> None:
-        """Power cut: silence, then nothing."""
-        self.cut()
-        self.kill()
-        self.heal()
-        command("ip", "netns", "del", self._netns)
-
     def cut(self) -> None:
         """The network loses every frame to and from it, silently."""
         rules = "".join(
@@ -190,7 +183,7 @@ class Hosts:
     def __getitem__(self, index: int) -> Host:
         return self.hosts[index]
 
-    def __iter__(self) -> Iterable[Host]:
+    def __iter__(self) -> Iterator[Host]:
         return iter(self.hosts)
 
     def __enter__(self) -> Self:
@@ -258,8 +251,3 @@ def environment_of(pid: int) -> str:
         return Path(f"/proc/{pid}/environ").read_bytes().replace(b"\0", b"\n").decode(errors="replace")
     except OSError:
         return ""
-
-
-def words_of(items: Sequence[object]) -> list[str]:
-    """Paths and numbers as words of a command."""
-    return [str(item) for item in items]

@@ -14,7 +14,7 @@ LAYERS = {
     "decide": ["placement", "explain", "environment", "planner", "supervise", "report", "record", "render", "checks"],
     "act": [
         *("bind", "sysfs", "memory", "wire", "transport", "child", "crew", "doors", "hello", "survey", "roster"),
-        *("rundir", "agent", "courier", "discover", "folder", "mirror", "console", "run"),
+        *("rundir", "agent", "courier", "discover", "folder", "running", "mirror", "console", "run"),
     ],
     "enter": ["flags", "cli", "verbs"],
 }

@@ -1,0 +1,62 @@
+"""Programs that the tests start as ranks."""
+
+SLEEP = """
+import os, signal, subprocess, sys, time
+helper = subprocess.Popen(["sleep", "1000"], start_new_session="apart" in sys.argv)
+if "deaf" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.write(10, b'{"event": "step", "step": 412}\\n')
+print("ready", flush=True)
+time.sleep(1000)
+"""
+DDP = """
+import os, sys, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1, bias=False))
+step = 0
+while step < int(sys.argv[1]):
+    model(torch.full((1, 2), float(dist.get_rank()))).sum().backward()
+    step += 1
+    if step == 1:
+        print("ready", flush=True)
+    time.sleep(0.01)
+total = torch.ones(1)
+dist.all_reduce(total)
+print("sum", int(total), "cwd", os.getcwd(), "store", os.environ["MASTER_ADDR"], flush=True)
+dist.destroy_process_group()
+"""
+ACCELERATE = """
+import torch
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+model, optimizer = torch.nn.Linear(2, 1), None
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+data = torch.utils.data.DataLoader(torch.arange(12.0).reshape(6, 2), batch_size=1)
+model, optimizer, data = accelerator.prepare(model, optimizer, data)
+seen = 0
+for batch in data:
+    optimizer.zero_grad()
+    accelerator.backward(model(batch).sum())
+    optimizer.step()
+    seen += 1
+print("ranks", accelerator.num_processes, "seen", int(accelerator.reduce(torch.tensor(seen), "sum")), flush=True)
+accelerator.end_training()
+"""
+HOG = """
+import os, time
+if os.environ["RANK"] == "1":
+    os.write(10, b'{"event": "step", "step": 412}\\n')
+    held = []
+    while True:
+        held.append(bytearray(os.urandom(1 << 20) * 8))
+time.sleep(1000)
+"""
+LOADERS = """
+import os, torch
+class Where(torch.utils.data.Dataset):
+    def __len__(self): return 4
+    def __getitem__(self, index): return torch.tensor(sorted(os.sched_getaffinity(0)))
+if __name__ == "__main__":
+    seen = {tuple(row.tolist()) for row in torch.utils.data.DataLoader(Where(), batch_size=None, num_workers=2)}
+    print("loaders", sorted(seen), "rank", sorted(os.sched_getaffinity(0)), flush=True)
+"""
