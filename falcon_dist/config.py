@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from falcon_dist.values import Value, build, check_known, flatten, keys_of
+from falcon_dist.values import Value, build, check_known, flatten, keys_of, parse_value
 
-__all__ = ["TrainConfig", "Value", "build", "check_known", "flatten", "keys_of"]
+__all__ = ["TrainConfig", "Value", "build", "check_known", "flatten", "keys_of", "parse_value"]
 
 Precision = Literal["bf16", "bf16-autocast", "fp32"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -114,6 +114,8 @@ class OptimConfig:
     lr: float = 2e-5
     schedule: Schedule = "linear"
     warmup_steps: int = 0
+    warmup_share: float = 0.0
+    """Warm up for this share of all steps, where it is more than warmup_steps."""
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -183,6 +185,8 @@ class ReportConfig:
 
     log_every: int = 10
     """Steps between log lines."""
+    to: tuple[str, ...] = ()
+    """Trackers: "tensorboard" (in the run folder), "wandb", "mlflow"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

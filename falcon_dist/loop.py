@@ -72,11 +72,12 @@ def row_stream(schedule: Schedule, start: int) -> Dataset:
 
 def learning_rate_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
     """Step (from 0) -> share of the peak learning rate: linear warm-up, then the schedule down to 0 at the end."""
+    warmup = max(config.warmup_steps, math.ceil(config.warmup_share * total_steps))
 
     def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / (config.warmup_steps + 1)
-        done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(1, total_steps - warmup)
         if config.schedule == "linear":
             return max(0.0, 1.0 - done)
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))) if config.schedule == "cosine" else 1.0

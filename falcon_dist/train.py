@@ -36,13 +36,22 @@ from falcon_dist.loop import (
     trainer_settings,
 )
 from falcon_dist.metrics import Reporter
-from falcon_dist.monitor import Monitor, Point, check_evaluate, evaluation_lines, prompts_of, write_evaluation
+from falcon_dist.monitor import (
+    Monitor,
+    Point,
+    Verdict,
+    check_evaluate,
+    evaluation_lines,
+    prompts_of,
+    write_evaluation,
+)
 from falcon_dist.order import plan_schedule
 from falcon_dist.prepare import Prepared
 from falcon_dist.process_group import agree_on, open_group, same_everywhere
 from falcon_dist.resume import resume_point
 from falcon_dist.rows import PackedStore
 from falcon_dist.run import Run, closing_lines, opening_lines, run_facts
+from falcon_dist.tracking import check_tracking, evaluation_logs, trackers
 from falcon_dist.world import World
 
 BASE_FILE: Final = "base.json"
@@ -90,6 +99,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
         reporter=reporter,
     )
     check_evaluate(config.evaluate, len(store.evaluation), prompts_of(config.evaluate) if world.is_main else ())
+    check_tracking(config.report)
     check_keeping(config.checkpoint, evaluates=bool(config.evaluate.every and len(store.evaluation)))
     for line in opening_lines(run):
         reporter.line(line)
@@ -189,7 +199,7 @@ def _run_trainer(
         collator=collator,
         reporter=run.reporter,
         save=lambda step: _save(run, model, tokenizer, optimizer, step=step, monitor=monitor),
-        evaluate=monitor.after_step,
+        evaluate=lambda step: _evaluate(monitor, trainer, step),
     )
     trainer = PackedTrainer(
         model=model,
@@ -198,7 +208,7 @@ def _run_trainer(
         data_collator=collator,
         processing_class=tokenizer,
         optimizers=(optimizer, make_scheduler(optimizer, run.config.optim, run.schedule, start)),
-        callbacks=[callback],
+        callbacks=[callback, *(trackers(run.config.report, run.folder, start) if run.world.is_main else ())],
     )
     trainer.remove_callback(PrinterCallback)  # steps are told by our own callback
     check_trainer(trainer, run.world)
@@ -210,6 +220,13 @@ def _run_trainer(
         best = f"no lower held-out loss since step {monitor.best_step}"
         run.reporter.line(f"stopped early at step {callback.last_step}: {best}")
     return callback.last_step
+
+
+def _evaluate(monitor: Monitor, trainer: PackedTrainer, step: int) -> Verdict:
+    verdict = monitor.after_step(step)
+    if monitor.last and monitor.last[0] == step:
+        trainer.log(evaluation_logs(monitor.last[1]))
+    return verdict
 
 
 def check_trainer(trainer: PackedTrainer, world: World) -> None:

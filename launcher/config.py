@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import falcon_dist
-from falcon_dist.config import TrainConfig, Value, build, check_known, flatten, keys_of
+from falcon_dist.config import TrainConfig, Value, build, check_known, flatten, keys_of, parse_value
 from launcher.errors import UserError
 from launcher.redaction import is_secret, redact_value
 
@@ -106,6 +106,8 @@ class Flags:
     resume: str | None = None
     """A run id, a run folder, or "auto"."""
     program: Program | None = None
+    notes: tuple[str, ...] = ()
+    """What the command line was translated into, for the user to be told."""
 
 
 def load(flags: Flags) -> LaunchConfig:
@@ -129,7 +131,7 @@ def load(flags: Flags) -> LaunchConfig:
         train=build(TrainConfig, values),
         program=program,
         resume_from=str(folder) if folder else None,
-        notes=notes,
+        notes=(*flags.notes, *notes),
     )
 
 
@@ -145,19 +147,6 @@ def _from_flags(flags: Flags) -> dict[str, Value]:
             raise UserError(f'--set: not of the form section.key=value: "{item}"')
         given[key.strip()] = Value(parse_value(text), "--set")
     return given
-
-
-def parse_value(text: str) -> Any:
-    """The TOML value written in ``text``, or else the text itself.
-
-    >>> parse_value("2e-5"), parse_value("[1, 2]"), parse_value("./my.jsonl")
-    (2e-05, [1, 2], './my.jsonl')
-    """
-    try:
-        table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return table["value"] if set(table) == {"value"} else text
 
 
 def _launch_settings(values: Mapping[str, Value], flags: Flags) -> LaunchSettings:

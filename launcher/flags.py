@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn
 
-from falcon_dist.config import Value
-from launcher import config
+from falcon_dist.config import Value, parse_value
+from falcon_dist.old_names import translate
 from launcher.config import Flags, Program
 from launcher.errors import UserError
 
@@ -58,14 +58,15 @@ def parse(argv: Sequence[str]) -> Order:
     Raises:
         UserError: a flag is not known or lacks its value.
     """
-    own, program = _split(list(argv))
+    today, notes = translate(argv, SWITCHES)
+    own, program = _split(today)
     parser = _parser()
     known, unknown = parser.parse_known_args(own)
     if unknown:
         raise UserError(_no_such_flag(unknown[0].partition("=")[0], parser))
     given = vars(known)
     return Order(
-        flags=_flags(given, program),
+        flags=replace(_flags(given, program), notes=notes),
         topologies=tuple(given["topology"]),
         dry_run=given["dry_run"],
         as_json=given["json"],
@@ -111,7 +112,7 @@ def _flags(given: Mapping[str, Any], program: Program | None) -> Flags:
 def _settings(given: Mapping[str, Any]) -> dict[str, Value]:
     """Keys of LaunchSettings that were given, each with its flag."""
     texts = {key: given[key] for key in TEXT_FLAGS if given[key] is not None}
-    others = {key: config.parse_value(given[key]) for key in NUMBER_FLAGS if given[key] is not None}
+    others = {key: parse_value(given[key]) for key in NUMBER_FLAGS if given[key] is not None}
     switched = {"use_logical_cores": True} if given["use_logical_cores"] else {}
     return {key: Value(value, f"--{key.replace('_', '-')}") for key, value in (texts | others | switched).items()}
 

@@ -52,3 +52,47 @@ def test_early_stop_ends_well_and_a_resume_finds_nothing_left_to_do(tmp_path: Pa
     assert again.returncode == 0, again.stdout + again.stderr
     assert "all 3 steps are done already" in again.stdout
     assert weights_digest(last) == before
+
+
+def test_the_command_of_2023_trains_links_and_says_what_it_understood(tmp_path: Path) -> None:
+    recipe = write_inputs(tmp_path)
+    old = (
+        "--bf16",
+        "True",
+        "--use_ipex",
+        "True",
+        "--max_seq_length",
+        "48",
+        "--max_steps=2",
+        "--report_to",
+        "tensorboard",
+    )
+    also = ("--evaluation_strategy", "steps", "--eval_steps", "1", "--run-id", "r")
+    done = launch(tmp_path, "--nproc_per_node", "2", "--recipe", str(recipe), *old, *also)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--bf16 True: now precision=bf16-autocast" in done.stdout
+    assert "--max_seq_length 48: now data.max_length=48" in done.stdout
+    assert (
+        "as the recipe of 2023: --set checkpoint.links=./results --env ONEDNN_MAX_CPU_ISA=AVX512_CORE_AMX"
+        in done.stdout
+    )
+    link = tmp_path / "results" / "checkpoint-2"
+    assert link.resolve() == tmp_path / "runs" / "r" / "checkpoints" / "step-000002"
+    plan = json.loads((tmp_path / "runs" / "r" / "plan.json").read_text())
+    told = json.dumps(plan)
+    assert "ONEDNN_MAX_CPU_ISA" in told
+    written = tracked(tmp_path / "runs" / "r" / "tensorboard")
+    assert set(written) >= {"train/loss", "train/learning_rate", "eval/loss", "eval/perplexity"}
+    assert [step for step, _ in written["train/loss"]] == [1, 2]
+    steps = (tmp_path / "runs" / "r" / "attempt_1" / "rank_0000" / "steps.jsonl").read_text().splitlines()
+    assert [round(v, 4) for _, v in written["train/loss"]] == [round(json.loads(s)["loss"], 4) for s in steps]
+
+
+def tracked(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard itself reads from a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    assert len(list(folder.iterdir())) == 1
+    return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}

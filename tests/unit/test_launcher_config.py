@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from falcon_dist.config import Value
+from falcon_dist.config import Value, parse_value
 from launcher import config
 from launcher import flags as command_line
 from launcher.config import Flags, Program
@@ -65,7 +65,7 @@ def test_a_faulty_recipe_is_named(tmp_path):
     [("3", 3), ("2e-5", 2e-5), ("true", True), ("./a b.jsonl", "./a b.jsonl"), ('["x"]', ["x"]), ("1\nb=2", "1\nb=2")],
 )
 def test_values_of_set(text, value):
-    assert config.parse_value(text) == value
+    assert parse_value(text) == value
 
 
 def test_env_file_and_flags_join_in_order(tmp_path):
@@ -118,7 +118,7 @@ def test_a_programs_arguments_are_its_own(argv, program, flag):
     assert order.flags.launch["nproc_per_node"].value == 2
 
 
-@pytest.mark.parametrize("argv", [["--nproc", "2"], ["--recipe"], ["--"], ["-m"], ["--hostfile"], ["--bf16"]])
+@pytest.mark.parametrize("argv", [["--nproc", "2"], ["--recipe"], ["--"], ["-m"], ["--hostfile"], ["--bf61"]])
 def test_a_command_line_that_makes_no_sense(argv):
     with pytest.raises(UserError, match=r"^arguments: "):
         command_line.parse(argv)

@@ -93,6 +93,8 @@ def test_learning_rate_warms_up_then_falls_to_zero() -> None:
     assert factor(4) == 1.0
     assert factor(12) == 0.5
     assert factor(20) == 0.0
+    shared = learning_rate_factor(OptimConfig(warmup_share=0.2), 20)
+    assert [shared(s) for s in range(21)] == [factor(s) for s in range(21)]
     assert learning_rate_factor(OptimConfig(schedule="cosine"), 10)(5) == pytest.approx(0.5)
     assert learning_rate_factor(OptimConfig(schedule="constant"), 10)(9) == 1.0
 
