@@ -11,7 +11,7 @@ CXX_FOUND := $(shell command -v c++)
 EXTRAS := demo,dev$(if $(CXX_FOUND),$(COMMA)oneccl)
 PROJECT := pyproject.toml constraints.txt Makefile
 
-.PHONY: demo check-demo test lint setup clean test-cluster
+.PHONY: demo check-demo test lint setup clean test-cluster test-kills
 
 setup: $(READY)
 
@@ -41,7 +41,11 @@ test: $(READY) lint
 # Hosts made of namespaces, with sshd: needs root, and on Debian
 # apt-get install -y --no-install-recommends openssh-server openssh-client iproute2 nftables util-linux
 test-cluster: $(READY)
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest tests/cluster -m "not slow"
+
+# 200 kills at random moments of random parts of runs over such hosts.
+test-kills: $(READY)
+	$(BIN)/python -m pytest tests/cluster/test_kills.py -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check

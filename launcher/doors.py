@@ -18,6 +18,7 @@ from typing import Any, Final
 SIOCGIFCONF: Final = 0x8912
 IFREQ_BYTES: Final = 40
 MOST_ADDRESSES: Final = 256
+HOSTS_FILE: Final = Path("/etc/hosts")
 LINK_LOCAL_V6: Final = "fe80"
 KNOCK_S: Final = 3.0
 TOKEN_BYTES: Final = 16
@@ -89,13 +90,13 @@ def knock(doors: Mapping[str, int], token: str, source: str | None) -> dict[str,
 def loopback_line(name: str) -> str | None:
     """The line of /etc/hosts that makes a name loopback, as "/etc/hosts:2: 127.0.1.1 node1"; None: there is none."""
     try:
-        lines = Path("/etc/hosts").read_text(errors="replace").splitlines()
+        lines = HOSTS_FILE.read_text(errors="replace").splitlines()
     except OSError:
         return None
     for number, line in enumerate(lines, start=1):
         words = line.partition("#")[0].split()
         if name in words[1:] and (words[0].startswith("127.") or words[0] == "::1"):
-            return f"/etc/hosts:{number}: {' '.join(words)}"
+            return f"{HOSTS_FILE}:{number}: {' '.join(words)}"
     return None
 
 

@@ -141,3 +141,17 @@ def test_any_four_events_keep_the_rules(first):
         assert seen.count(StartRanks()) <= 1
         assert StartRanks() not in seen[seen.index(TERM) :] if TERM in seen else True
         assert state.cause is not None or KILL not in seen
+
+
+def test_a_peers_reset_is_not_the_cause_when_the_dead_one_is_heard_later():
+    reset = Exited(rank=0, ended=Ended(code=1), echo=True)
+    state, _ = play(*ready(0, 1), reset, exited(1, KILLED), nodes_of=(0, 1))
+    assert (state.cause.rank, state.cause.exit_code) == (1, 137)
+    state, _ = play(*ready(0, 1), reset, Lost(node_rank=1, text="gone"), nodes_of=(0, 1))
+    assert state.cause.text == "gone"
+
+
+@pytest.mark.parametrize("later", [Ended(signal=15), Ended(code=143)])
+def test_what_we_told_to_stop_is_no_cause(later):
+    state, _ = play(*ready(0, 1), Exited(rank=0, ended=Ended(code=1), echo=True), exited(1, later), nodes_of=(0, 1))
+    assert state.cause.rank == 0

@@ -12,7 +12,7 @@ def write_tree(
     *,
     sockets: int = 1,
     nodes_per_socket: int = 1,
-    cores_per_node: int = 4,
+    cores_per_node: int | list[int] = 4,
     smt: int = 1,
     adjacent: bool = False,
     node_ids: list[int] | None = None,
@@ -25,21 +25,23 @@ def write_tree(
 ) -> Path:
     """A folder that sysfs.read() takes. ``adjacent``: the threads of a core are neighbours (0,1), as on many clouds."""
     num_nodes = sockets * nodes_per_socket
-    num_cores = num_nodes * cores_per_node
+    sizes = [cores_per_node] * num_nodes if isinstance(cores_per_node, int) else cores_per_node
+    node_of = [node for node, size in enumerate(sizes) for _ in range(size)]
+    num_cores = len(node_of)
     online = CpuSet.of(range(num_cores * smt)) - CpuSet.parse(offline)
     ids = node_ids or list(range(num_nodes))
     put(root, "sys/devices/system/cpu/online", online)
     of_node: dict[int, set[int]] = {node: set() for node in ids}
     for core in range(num_cores):
         threads = [core * smt + t if adjacent else core + t * num_cores for t in range(smt)]
-        node = core // cores_per_node
+        node = node_of[core]
         of_node[ids[node]] |= set(threads) & online.ids
         for cpu in threads:
             folder = f"sys/devices/system/cpu/cpu{cpu}"
             put(root, f"{folder}/online", int(cpu in online))
             if cpu in online:
                 put(root, f"{folder}/topology/physical_package_id", node // nodes_per_socket)
-                put(root, f"{folder}/topology/core_id", core % (cores_per_node * nodes_per_socket))
+                put(root, f"{folder}/topology/core_id", core % (max(sizes) * nodes_per_socket))
                 put(root, f"{folder}/topology/thread_siblings_list", CpuSet.of(threads) & online)
     if numa:
         for node in (*ids, *memory_only):

@@ -1,0 +1,114 @@
+"""Kills at random moments of random parts of a run: nothing is left, the exit code is right, the dead one is named."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from launching import BIN
+
+from cluster.hosts import Host, Hosts, command_line, environment_of, wait_until
+from cluster.programs import SLEEP
+
+NODES = 2
+RANKS_A_NODE = 2
+SIGNS = ("program.py", "launcher.agent", "falcon_dist.store", "sleep 1000")
+
+
+def parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def of_host(host: Host) -> list[tuple[str, str, int]]:
+    """Parts of the run on a host: what it is, the words by which it has to be named, its number."""
+    agents = [pid for pid in host.find("-m launcher.agent") if "ssh" not in command_line(pid)]
+    found = []
+    for pid in agents:
+        if parent_of(pid) not in agents:
+            found.append(("keeper", f"{host.name}: ", pid))
+        elif parent_of(parent_of(pid)) not in agents:
+            found.append(("agent", f"{host.name}: ", pid))
+    for pid in host.find("program.py"):
+        env = environment_of(pid).splitlines()
+        rank = next((line.removeprefix("RANK=") for line in env if line.startswith("RANK=")), None)
+        if rank is not None and parent_of(pid) in agents:
+            local = int(rank) % RANKS_A_NODE
+            named = f"rank {rank} (local_rank {local}, host {host.name}) failed first: SIGKILL"
+            found.append(("rank", named, pid))
+    return found
+
+
+def parts(hosts: Hosts) -> list[tuple[str, str, int]]:
+    found = [part for host in hosts.hosts[:NODES] for part in of_host(host)]
+    for pid in hosts[0].find("launcher.agent"):
+        if command_line(pid).startswith("ssh "):
+            found.append(("ssh", "node2: ", pid))
+    for pid in hosts[0].find("falcon-launch", "program.py"):
+        if "nsenter" not in command_line(pid) and "setpriv" not in command_line(pid):
+            found.append(("launcher", "", pid))
+    return found
+
+
+def left(hosts: Hosts) -> list[str]:
+    return [command_line(pid) for host in hosts.hosts[:NODES] for sign in SIGNS for pid in host.find(sign)]
+
+
+def kill_any(hosts: Hosts, chance: random.Random) -> tuple[str, str]:
+    """Kills any part of the run, each kind as often as the others; what it was, and how it has to be named."""
+    while True:
+        by_kind: dict[str, list[tuple[str, int]]] = {}
+        for kind, name, pid in parts(hosts):
+            by_kind.setdefault(kind, []).append((name, pid))
+        kind = chance.choice(sorted(by_kind))
+        name, pid = chance.choice(by_kind[kind])
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # a process of the start that was replaced meanwhile
+            continue
+        return kind, name
+
+
+def kill_one(hosts: Hosts, chance: random.Random) -> tuple[str, float]:
+    """One run, one kill; what was killed and how long all took to end."""
+    named = ["--hosts", "node[1-2]", "--nproc-per-node", str(RANKS_A_NODE)]
+    words = [str(BIN / "falcon-launch"), *named, "--", "program.py", *chance.choice([(), ("deaf",), ("apart",)])]
+    process = hosts[0].enter(*words, cwd=hosts.disk / "work")
+    time.sleep(chance.uniform(0.0, 2.0))
+    kind, name = kill_any(hosts, chance)
+    begun = time.monotonic()
+    _, err = process.communicate(timeout=20)
+    wait_until(lambda: not left(hosts), 15, f"the end of {left(hosts)} after {kind}")
+    seconds = time.monotonic() - begun
+    code = {"rank": 137, "launcher": -signal.SIGKILL}.get(kind, 1)
+    assert process.returncode == code, (kind, process.returncode, err)
+    assert err.startswith(name) or f": {name}" in err.splitlines()[0], (kind, name, err)
+    assert seconds < (10 if kind == "rank" else 15), (kind, seconds)
+    return kind, seconds
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.timeout(1800)
+def test_random_kills(hosts: Hosts, count: int, capsys: pytest.CaptureFixture[str]):
+    for host in hosts.hosts[:NODES]:
+        (host.disk / "work").mkdir(exist_ok=True)
+        (host.disk / "work/program.py").write_text(SLEEP)
+    seed = int(os.environ.get("KILL_SEED", random.randrange(1 << 30)))
+    chance = random.Random(seed)
+    longest: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for number in range(count):
+        try:
+            kind, seconds = kill_one(hosts, chance)
+        except AssertionError as fault:
+            raise AssertionError(f"kill {number} of KILL_SEED={seed}: {fault}") from fault
+        counts[kind] = counts.get(kind, 0) + 1
+        longest[kind] = max(longest.get(kind, 0.0), seconds)
+    with capsys.disabled():
+        print(f"\nkilled {counts}; all ended within { ({k: round(v, 1) for k, v in longest.items()}) } s")

@@ -1,0 +1,86 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from launcher import doors
+from launcher.errors import LaunchError, UserError
+from launcher.hostfile import parse
+from launcher.network import candidates, choose, unprobed
+
+TOLD = {
+    "addresses": {"127.0.0.1": "lo", "172.17.0.1": "docker0", "192.168.0.5": "eth0", "10.0.0.1": "ib0", "::1": "lo"},
+    "ports": dict.fromkeys(["127.0.0.1", "172.17.0.1", "192.168.0.5", "10.0.0.1", "::1"], 4000),
+    "entered_by": ["10.0.0.1"],
+    "loopback_name": None,
+}
+TWO = parse("a\nb", "h")
+
+
+def reached(*addrs, ifname="eth7"):
+    return {addr: {"source": "x", "ifname": ifname} for addr in addrs}
+
+
+def test_the_address_the_launcher_came_by_is_first_and_bridges_are_last():
+    assert candidates(TWO, TOLD) == ("10.0.0.1", "192.168.0.5", "172.17.0.1")
+
+
+def test_the_first_address_that_all_have_reached_and_each_ones_interface():
+    tried = candidates(TWO, TOLD)
+    meeting = choose(parse("a\nb\nc", "h"), TOLD, tried, [reached(*tried), reached("192.168.0.5", ifname="ens5")])
+    assert (meeting.addr, meeting.ifnames) == ("192.168.0.5", ("eth0", "eth7", "ens5"))
+
+
+def test_no_address_that_all_have_reached():
+    with pytest.raises(LaunchError) as fault:
+        choose(TWO, TOLD, ("10.0.0.1", "192.168.0.5"), [{}])
+    assert str(fault.value).splitlines() == [
+        'a: no address of it is reached by all hosts: "10.0.0.1, 192.168.0.5"; open the firewall, or give addr= and '
+        "ifname= in the hostfile",
+        "  b reached none of them",
+    ]
+
+
+def test_the_hostfile_decides():
+    assert candidates(parse("a addr=192.168.0.5\nb", "h"), TOLD) == ("192.168.0.5",)
+    assert candidates(parse("a ifname=docker0\nb", "h"), TOLD) == ("172.17.0.1",)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("a addr=127.0.0.1", "h:1: other hosts cannot reach a loopback address"),
+        ("a addr=10.9.9.9", 'h:1: not an address of a: "10.9.9.9"; it has 10.0.0.1'),
+        ("a ifname=eth9", 'h:1: not an interface of a: "eth9"; it has docker0, eth0, ib0, lo'),
+    ],
+)
+def test_an_address_that_cannot_be(line, fault):
+    with pytest.raises(UserError) as raised:
+        candidates(parse(f"{line}\nb", "h"), TOLD)
+    assert str(raised.value).startswith(fault)
+
+
+def test_a_dry_run_says_what_was_not_probed():
+    assert unprobed(TWO).addr == "<probed>"
+    assert unprobed(parse("a addr=10.0.0.1\nb ifname=e", "h")).ifnames == ("<probed>", "e")
+
+
+def test_knocking_at_this_machines_own_doors():
+    opened = doors.Doors()
+    told = opened.facts()
+    assert told["addresses"]["127.0.0.1"] == "lo"
+    addr = {"127.0.0.1": told["ports"]["127.0.0.1"]}
+    with ThreadPoolExecutor() as pool:
+        for token, found in ((told["token"], {"127.0.0.1": {"source": "127.0.0.1", "ifname": "lo"}}), ("other", {})):
+            knocking = pool.submit(doors.knock, addr, token, None)
+            while not knocking.done():
+                for _, answer in opened.answers():
+                    answer()
+            assert knocking.result() == found
+    opened.close()
+
+
+def test_lines_of_the_hosts_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(doors, "HOSTS_FILE", tmp_path / "hosts")
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n127.0.1.1  node1.x node1 # own\n10.0.0.1 node2\n")
+    assert doors.loopback_line("node1") == f"{tmp_path}/hosts:2: 127.0.1.1 node1.x node1"
+    assert doors.loopback_line("node2") is None

@@ -1,0 +1,179 @@
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from launcher import courier, rundir
+from launcher.checks import judge
+from launcher.cluster import HostFacts
+from launcher.config import Program
+from launcher.errors import LaunchError, UserError
+from launcher.plan import NodePlan
+from launcher.roster import Process
+from launcher.transport import Channel
+from launcher.wire import Lines, Outbox
+
+
+def test_nobody_waits_for_a_reader():
+    reader, writer = os.pipe()
+    outbox, lines = Outbox(writer), Lines(reader)
+    for number in range(3000):
+        outbox.put({"number": number, "text": "x" * 100})
+    assert outbox.waiting > 0
+    got = []
+    while len(got) < 3000:
+        got += lines.read()
+        outbox.flush()
+    assert [json.loads(line)["number"] for line in got] == list(range(3000))
+    os.close(reader)
+    outbox.put({})
+    assert outbox.broken
+
+
+def channel_to(code: str) -> Channel:
+    words = [sys.executable, "-c", code]
+    return Channel("node1", subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+
+
+def test_what_a_login_prints_is_no_event():
+    channel = channel_to("""print('welcome\\n[1]\\n{"event": "x"}\\n{"event": "hello"}\\n{"event": "y"}\\nnoise')""")
+    events = []
+    with pytest.raises(LaunchError, match='node1: the agent said something that is no event: "noise"'):
+        while True:
+            events += channel.receive()
+    assert channel.last_words() == "[1]"
+    channel.close()
+
+
+def test_the_courier_leaves_what_is_there_and_serves_no_stranger(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    (model / "deep").mkdir(parents=True)
+    (model / "big").write_bytes(os.urandom(3 << 20))
+    (model / "deep/empty").touch()
+    prepared = tmp_path / "prepared.json"
+    prepared.write_text(json.dumps({"model": str(model), "rows": "hub/name", "parameters": 7}))
+
+    def deliver(name, *, strangers):
+        listening = socket.create_server(("127.0.0.1", 0))
+        serving = threading.Thread(target=courier.offer, args=(listening, prepared, 1, "t"))
+        serving.start()
+        port = listening.getsockname()[1]
+        for _ in range(strangers):
+            with pytest.raises(OSError, match=r"gone|reset"):
+                courier.receive("127.0.0.1", port, tmp_path / name, "another")
+        courier.receive("127.0.0.1", port, tmp_path / name, "t")
+        serving.join()
+        listening.close()
+        return json.loads((tmp_path / name).read_text())
+
+    here = deliver("same", strangers=1)
+    assert here == {"model": str(model), "rows": "hub/name", "parameters": 7}  # the same path with the same files
+
+
+def test_a_received_folder_has_the_same_bytes(tmp_path):
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "weights").write_bytes(os.urandom(2 << 20))
+    (tmp_path / "prepared.json").write_text(json.dumps({"model": str(source)}))
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    serving = threading.Thread(target=courier.offer, args=(listening, tmp_path / "prepared.json", 1, "t"))
+    serving.start()
+    # In a mount namespace of another host the path does not exist; here a stream that says so.
+    with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile("rwb") as stream:
+        courier._write(stream, {"token": "t"})
+        told = courier._read(stream)["folders"]["model"]
+        courier._write(stream, {"want": "digests", "key": "model"})
+        digests = courier._read(stream)
+        courier._write(stream, {"want": "files", "key": "model"})
+        courier._fetch(stream, tmp_path / "got", [tuple(f) for f in told["files"]], digests)
+        courier._write(stream, {"want": "nothing"})
+    serving.join()
+    listening.close()
+    assert hashlib.sha256((tmp_path / "got/weights").read_bytes()).hexdigest() == digests["weights"]
+
+
+def test_a_file_outside_its_folder_is_refused(tmp_path):
+    for name in ("../x", "/etc/x", "a/../../x"):
+        with pytest.raises(ValueError, match="outside its folder"):
+            courier._inside(tmp_path, name)
+
+
+def test_files_sent_along_are_written_once(tmp_path):
+    config = tmp_path / "runs/r/attempt_1/config.json"
+    plan = NodePlan(
+        host="h", node_rank=1, cwd="/", roster="", files={str(config): "{}\n"}, prepare=(), store=None, ranks=()
+    )
+    assert not rundir.settle(plan)
+    assert config.read_text() == "{}\n"
+    assert config.stat().st_mode & 0o777 == 0o600
+    assert rundir.settle(plan)
+
+
+def test_a_process_is_known_by_more_than_its_number():
+    this = Process.this()
+    assert this.is_alive
+    assert not Process(hostname=this.hostname, boot_id=this.boot_id, pid=this.pid, started=1).is_alive
+    assert not Process(hostname="elsewhere", boot_id=this.boot_id, pid=this.pid, started=this.started).is_alive
+
+
+def facts(**changes):
+    known = {"python": "/py", "python_version": "3.11.7", "versions": {"torch": "2.13.0"}, "machine": str(id(changes))}
+    return HostFacts(topology=None, **{**known, **changes})
+
+
+def surveyed(**changes):
+    told = {"code": "c", "cwd": True, "script": "s", "isa": "avx512_bf16", "disk_bytes": 1 << 40, "writable": True}
+    return {**told, "place": "/runs", **changes}
+
+
+SCRIPT = Program(module=False, argv=("x.py",))
+
+
+def test_hosts_that_are_alike():
+    assert judge(["a", "b"], [facts(), facts(python_version="3.11.9")], [surveyed()] * 2, "/w", SCRIPT) == ()
+
+
+def test_skew_is_a_table():
+    other = facts(python_version="3.12.1", versions={"torch": "2.8.0"})
+    with pytest.raises(UserError) as fault:
+        judge(["a", "b"], [facts(), other], [surveyed(), surveyed(code="d", script="t")], "/w", SCRIPT)
+    assert str(fault.value).splitlines() == [
+        'hosts: not the same software: "python, torch, falcon-dist code, script"; make them the same',
+        "                  a       b",
+        "python            3.11    3.12",
+        "torch             2.13.0  2.8.0",
+        "falcon-dist code  c       d",
+        "script            s       t",
+    ]
+
+
+def test_what_is_missing_is_said_for_every_host():
+    told = [surveyed(cwd=False), surveyed(script=None), surveyed(writable=False)]
+    with pytest.raises(UserError) as fault:
+        judge(["a", "b", "c"], [facts(), facts(), facts()], told, "/w", SCRIPT)
+    assert [line.split(";")[0] for line in str(fault.value).splitlines()] == [
+        'a: no such folder: "/w"',
+        'b: no such script: "x.py"',
+        'c: the run folder cannot be written: "/runs"',
+    ]
+
+
+def test_the_same_machine_under_two_names():
+    with pytest.raises(UserError, match='the same machine as a: "b"'):
+        judge(["a", "b"], [facts(machine="m"), facts(machine="m")], [surveyed()] * 2, "/w", None)
+
+
+def test_differences_without_harm_are_notes():
+    told = [surveyed(), surveyed(isa="amx_bf16", disk_bytes=5 << 20)]
+    notes = judge(["a", "b"], [facts(), facts()], told, "/w", SCRIPT)
+    assert notes == (
+        "hosts differ in their widest instruction set; the slowest sets the pace: a avx512_bf16, b amx_bf16",
+        "b has 0.0 GB left where the run folder is: /runs",
+    )
