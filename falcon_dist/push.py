@@ -1,0 +1,166 @@
+"""``falcon push CKPT REPO``: a checkpoint to the Hugging Face hub, with a model card made from its run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from falcon_dist import checkpoint
+from falcon_dist.config import TrainConfig
+from falcon_dist.contract import RankResult, UserError
+from falcon_dist.evaluate import HeldOut
+from falcon_dist.settings import read_config
+
+CARD: Final = "README.md"
+LEFT_OUT: Final = (checkpoint.TRAIN_STATE, checkpoint.MANIFEST)
+"""What nobody needs who uses the model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a checkpoint comes from."""
+
+    checkpoint: checkpoint.Checkpoint
+    config: TrainConfig
+    summary: dict[str, Any]
+    """Rank 0's closing figures; empty where the run did not end."""
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The verb's own flags."""
+    parser = argparse.ArgumentParser(prog="falcon push", description=__doc__, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("checkpoint", type=Path, help="a checkpoint of a run, as runs/RUN/checkpoints/step-000500")
+    flag("repo", help="where to, as NAME/MODEL")
+    flag("--private", action="store_true", help="only for those who may see it")
+    flag("--license", help="licence of the model, as apache-2.0: yours to know")
+    flag("--dry-run", action="store_true", help="print the card and the files and stop")
+    return parser.parse_args(argv)
+
+
+def push(argv: Sequence[str]) -> int:
+    """Verifies the checkpoint, writes its card and sends both.
+
+    Raises:
+        UserError: the checkpoint does not verify, or the hub refuses.
+    """
+    args = parse_args(argv)
+    if args.repo.count("/") != 1 or not all(args.repo.split("/")):
+        raise UserError(f'falcon push: a repository is named NAME/MODEL: "{args.repo}"')
+    origin = find_origin(args.checkpoint.resolve())
+    text = card(origin, args.repo, args.license)
+    files = files_of(origin.checkpoint.path)
+    for name, size in files.items():
+        print(f"{size / 2**20:10.1f} MiB  {name}")
+    print(f"{sum(files.values()) / 2**20:10.1f} MiB  to {args.repo}, and {CARD}:\n\n{text}")
+    if not args.dry_run:
+        _send(origin.checkpoint.path, args, list(files), text)
+    return 0
+
+
+def find_origin(path: Path) -> Origin:
+    """The run that a checkpoint lies in.
+
+    Raises:
+        UserError: it is no checkpoint of a run, or a byte of it is not as it was written.
+    """
+    fault = checkpoint.fault_of(path) if path.is_dir() else "no such folder"
+    if fault:
+        raise UserError(f'falcon push: "{path}" cannot be trusted: {fault}')
+    run = path.parent.parent
+    results = sorted(run.glob("attempt_*/rank_0000"), key=lambda folder: int(folder.parent.name.rpartition("_")[2]))
+    last = RankResult.read(results[-1]) if results else None
+    return Origin(
+        checkpoint=checkpoint.read(path),
+        config=read_config(run / "config.json"),
+        summary=dict(last.summary) if last else {},
+    )
+
+
+def files_of(path: Path) -> dict[str, int]:
+    """{name: bytes} of what is sent."""
+    found = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
+    return {name: size for name, size in found.items() if name.split("/")[0] not in (*LEFT_OUT, CARD)}
+
+
+def card(origin: Origin, repo: str, licence: str | None) -> str:
+    """The model card: what was tuned, on what, how, and with what result."""
+    from huggingface_hub import ModelCardData
+
+    config = origin.config
+    data = ModelCardData(
+        base_model=_hub_name(config.model.name),
+        datasets=[config.data.name] if _hub_name(config.data.name) else None,
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["falcon-dist", "cpu"],
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {repo.split('/')[1]}\n\n`{config.model.name}`, fine-tuned on `{_data(config)}` with falcon-dist on CPUs.",
+        _results(origin.summary),
+        _settings(origin),
+        _samples(origin.summary),
+        f'## Use\n\n```python\nfrom transformers import pipeline\n\npipeline("text-generation", model="{repo}")\n```',
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _hub_name(name: str) -> str | None:
+    return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else None
+
+
+def _data(config: TrainConfig) -> str:
+    names = [item.rpartition("=")[0] for item in config.data.mix] or [config.data.name]
+    # A path of somebody's machine is nobody else's business.
+    return ", ".join(Path(name).name if name.startswith((".", "/", "~")) else name for name in names)
+
+
+def _results(summary: dict[str, Any]) -> str:
+    sides = [(name, summary.get(name, {}).get("held_out")) for name in ("base", "tuned")]
+    rows = [f"| {name} | {HeldOut.from_dict(told)} |" for name, told in sides if told]
+    return "\n".join(["## Held-out text", "", "| model | result |", "|---|---|", *rows]) if rows else ""
+
+
+def _settings(origin: Origin) -> str:
+    config, facts = origin.config, origin.checkpoint.facts
+    optim = config.optim
+    rows = {
+        "steps": f"{origin.checkpoint.step} of {facts['total_steps']}",
+        "rows a step": f"{facts['global_batch']} of {config.data.max_length} tokens",
+        "packing": config.data.packing_kind,
+        "loss on": {"all": "all tokens", "answers": "answers only"}[config.data.loss],
+        "learning rate": f"{optim.lr:g}, {optim.schedule}",
+        "AdamW": f"betas {optim.beta1:g} and {optim.beta2:g}, eps {optim.eps:g}, weight decay {optim.weight_decay:g}",
+        "precision": config.precision,
+        "ranks": facts["world_size"],
+        "seed": config.seed,
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["## Training", "", "| setting | value |", "|---|---|", *lines])
+
+
+def _samples(summary: dict[str, Any]) -> str:
+    answers = summary.get("tuned", {}).get("answers", {})
+    parts = [f"> {prompt}\n\n{text}" for prompt, text in answers.items()]
+    return "\n\n".join(["## Samples", *parts]) if parts else ""
+
+
+def _send(path: Path, args: argparse.Namespace, files: list[str], text: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(args.repo, private=args.private, exist_ok=True)
+        api.upload_folder(repo_id=args.repo, folder_path=path, allow_patterns=files, commit_message="Weights")
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo=CARD, repo_id=args.repo, commit_message="Card")
+    except (OSError, HfHubHTTPError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f'falcon push: the hub refuses "{args.repo}": {first}; see hf auth login') from error
+    print(json.dumps({"pushed": args.repo, "files": len(files) + 1}))

@@ -1,0 +1,100 @@
+"""The card of a run and what is sent; the hub itself is a stand-in, nothing leaves the machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from falcon_dist import checkpoint
+from falcon_dist.config import DataConfig, ModelConfig, TrainConfig
+from falcon_dist.contract import RankResult, UserError
+from falcon_dist.push import push
+
+HELD = {"loss": 2.0, "standard_error": 0.1, "tokens": 100, "records": 5}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    run = tmp_path / "runs" / "r"
+    rank = run / "attempt_2" / "rank_0000"
+    rank.mkdir(parents=True)
+    (run / "attempt_1" / "rank_0000").mkdir(parents=True)
+    config = TrainConfig(
+        model=ModelConfig(name="tiiuae/falcon-7b"), data=DataConfig(name="/home/me/talks.jsonl", loss="answers")
+    )
+    (run / "config.json").write_text(json.dumps({"train": asdict(config)}))
+    summary = {"base": {"held_out": HELD}, "tuned": {"held_out": {**HELD, "loss": 1.0}, "answers": {"Hi?": "Hello."}}}
+    RankResult(status="ok", summary=summary).write(rank)
+    facts = {"total_steps": 8, "global_batch": 4, "world_size": 2}
+    (run / "checkpoints").mkdir()
+    with checkpoint.committed(run / "checkpoints", 8, facts) as folder:
+        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "train_state").mkdir()
+        (folder / "train_state" / "optimizer.safetensors").write_bytes(b"state")
+    return run / "checkpoints" / "step-000008"
+
+
+def test_dry_run_prints_card_and_files_and_sends_nothing(saved: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    assert push([str(saved), "me/falcon-talks", "--license", "apache-2.0", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "base_model: tiiuae/falcon-7b",
+        "license: apache-2.0",
+        "fine-tuned on `talks.jsonl`",
+        "| base | loss 2.0000",
+        "| tuned | loss 1.0000",
+        "| steps | 8 of 8 |",
+        "| loss on | answers only |",
+        "> Hi?\n\nHello.",
+        "model.safetensors",
+    ):
+        assert text in out
+    assert "/home/me" not in out
+    assert "optimizer" not in out
+    assert "manifest" not in out
+
+
+def test_push_sends_weights_and_card(saved: Path, monkeypatch, capsys) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Api:
+        def create_repo(self, repo: str, **options: Any) -> None:
+            calls.append(("create", options))
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append(("folder", options))
+
+        def upload_file(self, **options: Any) -> None:
+            calls.append(("file", options))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert push([str(saved), "me/x", "--private"]) == 0
+    assert [name for name, _ in calls] == ["create", "folder", "file"]
+    assert calls[0][1] == {"private": True, "exist_ok": True}
+    assert calls[1][1]["allow_patterns"] == ["model.safetensors"]
+    assert calls[2][1]["path_or_fileobj"].startswith(b"---\n")
+
+
+def test_damaged_checkpoint_is_not_sent(saved: Path) -> None:
+    (saved / "model.safetensors").write_bytes(b"weightS")
+    with pytest.raises(UserError, match=r"cannot be trusted: model.safetensors is not what was written"):
+        push([str(saved), "me/x", "--dry-run"])
+
+
+def test_hub_that_refuses_is_one_line(saved: Path, monkeypatch) -> None:
+    class Api:
+        def create_repo(self, *_: Any, **__: Any) -> None:
+            raise OSError("no route to host\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(UserError) as error:
+        push([str(saved), "me/x"])
+    assert str(error.value) == 'falcon push: the hub refuses "me/x": no route to host; see hf auth login'
+    with pytest.raises(UserError, match="named NAME/MODEL"):
+        push([str(saved), "x"])
