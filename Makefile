@@ -11,7 +11,7 @@ CXX_FOUND := $(shell command -v c++)
 EXTRAS := demo,dev$(if $(CXX_FOUND),$(COMMA)oneccl)
 PROJECT := pyproject.toml constraints.txt Makefile
 
-.PHONY: demo check-demo test lint setup clean test-cluster test-kills
+.PHONY: demo demo-labels check-demo test lint setup clean test-cluster test-kills
 
 setup: $(READY)
 
@@ -31,6 +31,11 @@ demo: $(READY)
 # What the demo left: its numbers, its checkpoint, its chat.
 check-demo: $(READY)
 	$(BIN)/python -m pytest tests/demo
+
+# A task with right answers: the category of dictionary terms, accuracy before and after. Fetches a Debian package
+# without installing it (apt-get and dpkg-deb, no root).
+demo-labels: $(READY)
+	$(BIN)/python demos/labels.py
 
 # Tests have a cache of their own; the collective backend is compiled into it once.
 test: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from falcon_dist.config import ModelConfig
 from falcon_dist.engine.native import load_model, load_tokenizer
@@ -87,6 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs-dir", default="runs")
     args = parser.parse_args()
+    hf_logging.disable_progress_bar()
     start = time.monotonic()
     recipe, run_id = "labels", f"labels-{time.strftime('%Y%m%d-%H%M%S')}"
     records, training = held_out_records(recipe)
