@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from falcon_dist.contract import UserError
 
 Kind = Literal["int8", "int4"]
-GROUPS: Final = (128, 64, 32)
-"""Columns that share a scale in int4, the largest that divides a layer's; 32 rows are packed together."""
+GROUPS: Final = (32, 64, 128)
+"""Columns that share a scale in int4, the smallest that divides a layer's; 32 rows are packed together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
