@@ -10,6 +10,7 @@ Commands come as JSON lines on standard input, events go as JSON lines to standa
     -> {"command": "start"}                        <- {"event": "spawned", "rank", "pid", "cpus"} for each rank
     -> {"command": "signal", "number": N}
     -> {"command": "end_run", "file": F}           <- {"event": "ended_run", "text"}
+    -> {"command": "clock" | "examine" | "open_ring" | "ring", ...}    for falcon doctor, answered alike
 
 besides ``hello`` at the start and ``output``, ``rank`` (a rank's own event), ``exited``, ``apart``, ``note`` and
 ``fault`` when they happen. Both ends say ``alive`` every few seconds. End of input, or a launcher that is silent for
@@ -28,7 +29,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from launcher import bind, doors, hello, roster, survey
+from launcher import bind, doors, examine, hello, roster, survey
 from launcher.crew import Crew, reserve
 from launcher.errors import LaunchError, UserError
 from launcher.plan import RANK_EVENT_FD, RANK_STORE_FD, NodePlan
@@ -120,29 +121,32 @@ class Agent:
         self._crew.reap()
 
     def _obey(self, command: str, values: dict[str, Any]) -> None:
-        match command:
-            case "alive":
-                self._lease_s = SILENCE_S
-            case "open_doors":
-                self._open_doors()
-            case "knock":
-                self.emit("knocked", reached=doors.knock(**values))
-            case "survey":
-                self.emit("surveyed", **survey.take(**values))
-            case "open_store":
-                self._open_store(values["addr"], courier=values["courier"])
-            case "prepare":
-                plan = NodePlan.from_json(values["plan"])
-                self._crew.prepare(plan)
-                roster.sign(plan)
-            case "start":
-                self._crew.start_ranks()
-            case "signal":
-                self._crew.signal_all(values["number"])
-            case "end_run":
-                self.emit("ended_run", text=roster.end(values["file"]))
-            case _:
-                raise LaunchError(f'unknown command: "{command}"')
+        answers: dict[str, Callable[..., None]] = {
+            "alive": self._renew_lease,
+            "open_doors": self._open_doors,
+            "open_store": self._open_store,
+            "prepare": self._prepare,
+            "start": self._crew.start_ranks,
+            "signal": self._crew.signal_all,
+            "knock": lambda **asked: self.emit("knocked", reached=doors.knock(**asked)),
+            "survey": lambda **asked: self.emit("surveyed", **survey.take(**asked)),
+            "end_run": lambda file: self.emit("ended_run", text=roster.end(file)),
+            "clock": lambda: self.emit("clock", now=time.time()),
+            "examine": lambda **asked: self.emit("examined", **examine.host(**asked)),
+            "open_ring": lambda addr: self.emit("ring_opened", port=self._open("ring", addr)),
+            "ring": lambda **to: self.emit("ringed", **examine.ring(self._crew.sockets.pop("ring"), **to)),
+        }
+        if command not in answers:
+            raise LaunchError(f'unknown command: "{command}"')
+        answers[command](**values)
+
+    def _renew_lease(self) -> None:
+        self._lease_s = SILENCE_S
+
+    def _prepare(self, plan: dict[str, Any]) -> None:
+        taken = NodePlan.from_json(plan)
+        self._crew.prepare(taken)
+        roster.sign(taken)
 
     def _open_doors(self) -> None:
         self._doors = doors.Doors()

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 TOKEN: Final = "FALCON_COURIER_TOKEN"  # noqa: S105  # the variable's name
 CHUNK: Final = 1 << 20
+STRANGER_S: Final = 5.0
 LONGEST_LINE: Final = 64 << 20
 Files = list[tuple[str, int, int]]
 Stream = BufferedRWPair
@@ -38,13 +39,10 @@ def offer(listening: socket.socket, prepared: Path, receivers: int, token: str) 
     threads: list[_Thread] = []
     while len(threads) < receivers:
         connection, _ = listening.accept()
-        stream = connection.makefile("rwb")
-        if hmac.compare_digest(_read(stream).get("token", ""), token):
+        if stream := _admitted(connection, token):
             threads.append(_Thread(partial(_serve, stream, prepared, folders)))
             threads[-1].start()
-        else:
-            stream.close()
-            connection.close()
+        connection.close()  # the stream keeps it open
     for thread in threads:
         thread.join()
     faults = [thread.fault for thread in threads if thread.fault]
@@ -90,6 +88,20 @@ def files_of(path: Path) -> Files:
     """Name, size and time of every file below a folder; links are followed."""
     found = [(p, p.stat()) for p in sorted(path.rglob("*")) if p.is_file()]
     return [(str(p.relative_to(path)), stat.st_size, stat.st_mtime_ns) for p, stat in found]
+
+
+def _admitted(connection: socket.socket, token: str) -> Stream | None:
+    """The connection as a stream, if it begins with this run's token within a short time."""
+    connection.settimeout(STRANGER_S)
+    stream = connection.makefile("rwb")
+    try:
+        if hmac.compare_digest(str(_read(stream).get("token")), token):
+            connection.settimeout(None)
+            return stream
+    except (OSError, ValueError, TypeError):
+        pass  # a port scanner
+    stream.close()
+    return None
 
 
 def _serve(stream: Stream, prepared: Path, folders: Mapping[str, Folder]) -> None:

@@ -29,6 +29,12 @@ def total_bytes() -> int:
     return min([machine, *_limits()])
 
 
+def available_bytes() -> int:
+    """Memory that could be had now."""
+    told = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(told[1]) * 1024 if told else 0
+
+
 def _event_files() -> list[Path]:
     return [folder / name for folder in _folders() for name in ("memory.events", "memory.oom_control")]
 

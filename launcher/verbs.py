@@ -19,6 +19,7 @@ OWN: Final = {
     "report": "print how a run ended",
     "ps": "list runs in progress",
     "kill": "end a run, on all its hosts",
+    "doctor": "look for what can go wrong, on all hosts of a hostfile",
 }
 HANDED_ON: Final = {
     "chat": "talk to a model or a checkpoint",
@@ -59,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
         os.execv(sys.executable, [sys.executable, "-P", "-m", "falcon_dist", verb, *rest])  # noqa: S606  # in place of this process
     if verb not in OWN:
         raise UserError(f'no such verb: "{verb}"; verbs: {", ".join([*OWN, *HANDED_ON])}')
-    own = {"topology": _topology, "report": _report, "ps": _ps, "kill": _kill}
+    own = {"topology": _topology, "report": _report, "ps": _ps, "kill": _kill, "doctor": _doctor}
     return own[verb](rest)
 
 
@@ -110,6 +111,26 @@ def _kill(argv: Sequence[str]) -> int:
     done = running.end(running.find(given.run, given.runs_dir))
     sys.stdout.write("".join(f"{host}: {text}\n" for host, text in done))
     return EXIT_FAILED if any("could not" in text for _, text in done) else 0
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    from launcher import cli, diagnosis, discover, doctor, transport
+    from launcher.config import LaunchSettings
+
+    parser = _parser("doctor")
+    for name in ("--hostfile", "--hosts", "--include", "--exclude"):
+        parser.add_argument(name, help="as falcon-launch takes it")
+    parser.add_argument("--quick", action="store_true", help="without what needs torch")
+    given = vars(parser.parse_args(argv))
+    run_dir, quick = str(Path(given.pop("runs_dir")).absolute()), given.pop("quick")
+    hosts = cli.hosts_of(LaunchSettings(**given))
+    with discover.agents(hosts, transport.start) as agents:
+        found = doctor.look(agents, hosts, run_dir, with_torch=not quick)
+    sys.stdout.write(render.table(diagnosis.HEAD, diagnosis.overview(found)) + "\n\n")
+    rows = diagnosis.problems(found)
+    text = render.table(("host", "problem", "cure"), rows) if rows else "nothing wrong was found"
+    sys.stdout.write(f"{text}\n")
+    return EXIT_FAILED if rows else 0
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -26,9 +27,17 @@ def parent_of(pid: int) -> int:
         return 0
 
 
+def program_of(pid: int) -> str:
+    """What a process runs: a login shell's own children are named like the command it is to start."""
+    try:
+        return Path(f"/proc/{pid}/exe").readlink().name
+    except OSError:
+        return ""
+
+
 def of_host(host: Host) -> list[tuple[str, str, int]]:
     """Parts of the run on a host: what it is, the words by which it has to be named, its number."""
-    agents = [pid for pid in host.find("-m launcher.agent") if "ssh" not in command_line(pid)]
+    agents = [pid for pid in host.find("-m launcher.agent") if program_of(pid).startswith("python")]
     found = []
     for pid in agents:
         if parent_of(pid) not in agents:
@@ -48,10 +57,10 @@ def of_host(host: Host) -> list[tuple[str, str, int]]:
 def parts(hosts: Hosts) -> list[tuple[str, str, int]]:
     found = [part for host in hosts.hosts[:NODES] for part in of_host(host)]
     for pid in hosts[0].find("launcher.agent"):
-        if command_line(pid).startswith("ssh "):
+        if program_of(pid) == "ssh":
             found.append(("ssh", "node2: ", pid))
     for pid in hosts[0].find("falcon-launch", "program.py"):
-        if "nsenter" not in command_line(pid) and "setpriv" not in command_line(pid):
+        if program_of(pid).startswith("python") and not program_of(parent_of(pid)).startswith("python"):
             found.append(("launcher", "", pid))
     return found
 
@@ -60,19 +69,22 @@ def left(hosts: Hosts) -> list[str]:
     return [command_line(pid) for host in hosts.hosts[:NODES] for sign in SIGNS for pid in host.find(sign)]
 
 
-def kill_any(hosts: Hosts, chance: random.Random) -> tuple[str, str]:
+def kill_any(hosts: Hosts, chance: random.Random) -> tuple[str, str, str]:
     """Kills any part of the run, each kind as often as the others; what it was, and how it has to be named."""
     while True:
         by_kind: dict[str, list[tuple[str, int]]] = {}
         for kind, name, pid in parts(hosts):
             by_kind.setdefault(kind, []).append((name, pid))
+        if not by_kind:
+            continue
         kind = chance.choice(sorted(by_kind))
         name, pid = chance.choice(by_kind[kind])
+        told = f"{kind} {pid} of parent {parent_of(pid)}: {command_line(pid)}"
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:  # a process of the start that was replaced meanwhile
             continue
-        return kind, name
+        return kind, name, told
 
 
 def kill_one(hosts: Hosts, chance: random.Random) -> tuple[str, float]:
@@ -81,13 +93,16 @@ def kill_one(hosts: Hosts, chance: random.Random) -> tuple[str, float]:
     words = [str(BIN / "falcon-launch"), *named, "--", "program.py", *chance.choice([(), ("deaf",), ("apart",)])]
     process = hosts[0].enter(*words, cwd=hosts.disk / "work")
     time.sleep(chance.uniform(0.0, 2.0))
-    kind, name = kill_any(hosts, chance)
+    kind, name, told = kill_any(hosts, chance)
     begun = time.monotonic()
-    _, err = process.communicate(timeout=20)
+    try:
+        _, err = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"goes on without {told}") from None
     wait_until(lambda: not left(hosts), 15, f"the end of {left(hosts)} after {kind}")
     seconds = time.monotonic() - begun
     code = {"rank": 137, "launcher": -signal.SIGKILL}.get(kind, 1)
-    assert process.returncode == code, (kind, process.returncode, err)
+    assert process.returncode == code, (told, process.returncode, err)
     assert err.startswith(name) or f": {name}" in err.splitlines()[0], (kind, name, err)
     assert seconds < (10 if kind == "rank" else 15), (kind, seconds)
     return kind, seconds

@@ -13,6 +13,7 @@ from launching import BIN
 from cluster.hosts import Hosts
 from cluster.programs import ACCELERATE, DDP, LOADERS
 
+SHM = "/dev/shm"  # noqa: S108  # shared memory is mounted there
 LAUNCH = str(BIN / "falcon-launch")
 TELL = "import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], os.environ['MASTER_ADDR'])"
 
@@ -147,3 +148,17 @@ def test_an_ssh_with_a_banner(launch, ssh_that):
     done = launch(TELL, "--hosts", "node1,node2", "--nproc-per-node", "1", "--", "program.py", env=env)
     assert done.returncode == 0, done.stderr
     assert "rank 1 of 2" in done.stdout
+
+
+def test_the_doctor_finds_what_is_wrong_on_every_host(hosts: Hosts):
+    hosts[2].run("mount", "-o", "remount,size=64m", SHM)
+    done = hosts[0].run(str(BIN / "falcon"), "doctor", "--hosts", "node[1-3]", timeout=100)
+    assert "problem" in done.stdout, done.stdout + done.stderr
+    overview, problems = done.stdout.split("\n\n")
+    assert [line.split()[0] for line in overview.splitlines()] == ["host", "node1", "node2", "node3"]
+    assert overview.count("MB/s") == 3
+    (shm,) = [line for line in problems.splitlines() if SHM in line]
+    assert shm.startswith("node3  shared memory (/dev/shm): 0.1 GB left")
+    assert shm.endswith("mount it larger (containers: --shm-size)")
+    assert "packed" not in problems
+    assert "torch" not in problems

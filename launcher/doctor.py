@@ -1,0 +1,91 @@
+"""falcon doctor: asks all hosts at once for all that can go wrong, before it does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from launcher import discover
+from launcher.diagnosis import Findings
+from launcher.discover import ANSWER_TIMEOUT_S, Agents, answers
+from launcher.hostfile import Hostfile
+from launcher.network import Meeting
+from launcher.transport import Channel
+
+EXAMINE_S: Final = 90.0
+CLOCK_TRIES: Final = 3
+
+
+def look(agents: Agents, hosts: Hostfile, run_dir: str, *, with_torch: bool) -> list[Findings]:
+    """What every host is like and how they reach each other.
+
+    Raises:
+        LaunchError: a host gave no answer, or no address of node 0 is reached by all.
+    """
+    facts = discover.ask(agents, {})
+    offsets = _clocks(agents.channels)
+    meeting = discover.meet(agents, hosts)
+    unreached, addrs = _mesh(agents, hosts, meeting)
+    rates = _ring(agents.channels, addrs) if len(addrs) > 1 and not any(unreached) else [None] * len(facts)
+    for channel in agents.channels:
+        channel.send("examine", run_dir=run_dir, with_torch=with_torch)
+    examined = answers(agents.channels, "examined", EXAMINE_S)
+    rows = zip(agents.channels, facts, examined, offsets, unreached, rates, strict=True)
+    return [
+        Findings(
+            host=channel.host, facts=known, examined=told, clock_offset_s=off, unreached=missed, link_bytes_per_s=rate
+        )
+        for channel, known, told, off, missed, rate in rows
+    ]
+
+
+def _clocks(channels: Sequence[Channel]) -> list[float]:
+    """Each host's clock against this one's, by the quickest of a few answers."""
+    best = [(float("inf"), 0.0)] * len(channels)
+    for _ in range(CLOCK_TRIES):
+        for place, channel in enumerate(channels):  # one after the other: a busy launcher is no slow link
+            sent = time.time()
+            channel.send("clock")
+            (told,) = answers((channel,), "clock", ANSWER_TIMEOUT_S)
+            took = time.time() - sent
+            best[place] = min(best[place], (took, told["now"] - sent - took / 2))
+    return [offset for _, offset in best]
+
+
+def _mesh(agents: Agents, hosts: Hostfile, meeting: Meeting) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Whom each host does not reach, and the address of each on the network they meet on."""
+    channels = agents.channels
+    if len(channels) == 1:
+        return [()], [meeting.addr]
+    for channel in channels:
+        channel.send("open_doors")
+    doors = answers(channels, "doors", ANSWER_TIMEOUT_S)
+    addrs = [_addr(told, ifname, meeting.addr) for told, ifname in zip(doors, meeting.ifnames, strict=True)]
+    missed: list[list[str]] = [[] for _ in channels]
+    for target, (told, addr) in enumerate(zip(doors, addrs, strict=True)):
+        others = [place for place in range(len(channels)) if place != target]
+        for place in others:
+            channels[place].send("knock", doors={addr: told["ports"][addr]}, token=told["token"], source=None)
+        knocked = answers([channels[place] for place in others], "knocked", ANSWER_TIMEOUT_S)
+        for place, answer in zip(others, knocked, strict=True):
+            if addr not in answer["reached"]:
+                missed[place].append(hosts.entries[target].host)
+    return [tuple(names) for names in missed], addrs
+
+
+def _addr(doors: Mapping[str, Any], ifname: str, like: str) -> str:
+    addresses: Mapping[str, str] = doors["addresses"]
+    own = [addr for addr, name in addresses.items() if name == ifname and addr in doors["ports"]]
+    return min(own, key=lambda addr: ((":" in addr) != (":" in like), addr != like))
+
+
+def _ring(channels: Sequence[Channel], addrs: Sequence[str]) -> list[float | None]:
+    """Bytes a second that each host takes from the one before it, all at once."""
+    for channel, addr in zip(channels, addrs, strict=True):
+        channel.send("open_ring", addr=addr)
+    ports = [told["port"] for told in answers(channels, "ring_opened", ANSWER_TIMEOUT_S)]
+    for place, channel in enumerate(channels):
+        following = (place + 1) % len(channels)
+        channel.send("ring", addr=addrs[following], port=ports[following])
+    return [told["received_bytes_per_s"] for told in answers(channels, "ringed", ANSWER_TIMEOUT_S)]

@@ -1,0 +1,79 @@
+"""What ``falcon doctor`` has an agent find out: limits, shared memory, the speed of a link, torch's facts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from typing import Any, Final
+
+from launcher import memory, survey
+from launcher.wire import CHUNK_BYTES
+
+TORCH_S: Final = 60.0
+RING_S: Final = 1.0
+RING_WAIT_S: Final = 3.0
+
+
+def host(run_dir: str, *, with_torch: bool) -> dict[str, Any]:
+    """Limits and memory of this host, and what needs torch if that is wanted too."""
+    shm = os.statvfs("/dev/shm")  # noqa: S108  # the very place that is asked about
+    return {
+        **survey.take(cwd="/", script=None, run_dir=run_dir),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "processes": resource.getrlimit(resource.RLIMIT_NPROC)[0],
+        "locked_bytes": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+        "shm_bytes": shm.f_bavail * shm.f_frsize,
+        "memory_free_bytes": memory.available_bytes(),
+        "load": os.getloadavg()[0],
+        "torch": _torch() if with_torch else {},
+    }
+
+
+def _torch() -> dict[str, Any]:
+    """What falcon_dist.host_facts tells of this host; "fault" where it cannot."""
+    words = [sys.executable, "-P", "-m", "falcon_dist.host_facts"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TORCH_S, check=False)
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    except subprocess.TimeoutExpired:
+        return {"fault": f"no answer within {TORCH_S:g} s"}
+    except (ValueError, IndexError, TypeError):
+        return {"fault": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
+
+
+def ring(listening: socket.socket, addr: str, port: int) -> dict[str, float]:
+    """Sends to one neighbour and takes from the other for a while; bytes per second that came in.
+
+    All hosts of a ring do so at the same time, as the ranks of an all-reduce do.
+    """
+    deadline = time.monotonic() + RING_WAIT_S
+    with socket.create_connection((addr, port), RING_WAIT_S) as out:
+        listening.settimeout(max(0.1, deadline - time.monotonic()))
+        taken, _ = listening.accept()
+        with taken:
+            return {"received_bytes_per_s": _exchange(out, taken)}
+
+
+def _exchange(out: socket.socket, taken: socket.socket) -> float:
+    data, received, begun = bytes(CHUNK_BYTES), 0, time.monotonic()
+    out.setblocking(False)
+    taken.setblocking(False)
+    with selectors.DefaultSelector() as selector:
+        selector.register(out, selectors.EVENT_WRITE)
+        selector.register(taken, selectors.EVENT_READ)
+        while (now := time.monotonic()) < begun + RING_S:
+            for key, _ in selector.select(begun + RING_S - now):
+                # Neighbours end a moment earlier or later.
+                with contextlib.suppress(ConnectionError):
+                    if key.fileobj is out:
+                        out.send(data)
+                    else:
+                        received += len(taken.recv(CHUNK_BYTES))
+    return received / RING_S
