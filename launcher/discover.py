@@ -43,7 +43,7 @@ def agents(hostfile: Hostfile, transport: Transport) -> Iterator[Agents]:
             channel.hang_up()
         deadline = time.monotonic() + LEAVE_S
         for channel in channels:
-            channel.close(max(0.0, deadline - time.monotonic()))
+            channel.close(max(0.0, deadline - time.monotonic()) if channel.greeted else 0.0)
 
 
 def ask(agents: Agents, saved: Mapping[str, Topology]) -> tuple[HostFacts, ...]:

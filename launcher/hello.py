@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import socket
 import sys
 from pathlib import Path
@@ -30,7 +29,7 @@ def facts() -> dict[str, Any]:
         "boot_id": _boot_id(),
         "pid": os.getpid(),
         "python": sys.executable,
-        "python_version": platform.python_version(),
+        "python_version": sys.version.split()[0],
         "versions": versions(),
         "identity": {name: os.environ[name] for name in IDENTITY if name in os.environ},
         "allocators": allocators(),
@@ -49,7 +48,7 @@ def versions() -> dict[str, str]:
 
 def allocators() -> dict[str, str]:
     """Memory allocators found beside the interpreter, or where Debian and others put libraries."""
-    machine = f"{platform.machine()}-linux-gnu"
+    machine = f"{os.uname().machine}-linux-gnu"
     places = [Path(sys.prefix, "lib")]
     places += [Path(p) for p in (f"/usr/lib/{machine}", f"/lib/{machine}", "/usr/lib64", "/usr/local/lib", "/usr/lib")]
     found: dict[str, str] = {}

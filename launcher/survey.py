@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -33,6 +32,8 @@ def take(cwd: str, script: str | None, run_dir: str) -> dict[str, Any]:
 
 def own_code() -> str:
     """Stands for every byte of this project's Python code."""
+    import hashlib  # not for a --dry-run, which asks none of this
+
     whole = hashlib.sha256()
     for package in (falcon_dist, launcher):
         folder = Path(next(iter(package.__path__)))
@@ -52,6 +53,8 @@ def isa() -> str:
 
 
 def _digest(path: Path) -> str | None:
+    import hashlib
+
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     except OSError:

@@ -77,6 +77,11 @@ class Channel:
         """Sends a command; an agent that is gone is told by its end of stream, not here."""
         self.outbox.put({"command": command, **values})
 
+    @property
+    def greeted(self) -> bool:
+        """The agent has said its first words."""
+        return self._greeted
+
     def hang_up(self) -> None:
         """Asks the agent to end."""
         self.outbox.broken = True  # the descriptor's number will be somebody else's
