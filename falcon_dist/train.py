@@ -7,14 +7,12 @@ The loop is TRL's SFTTrainer; rows, loss, optimizer and checkpoints are handed t
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
@@ -24,8 +22,6 @@ from falcon_dist.config import TrainConfig
 from falcon_dist.contract import RankResult
 from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
 from falcon_dist.engine.native import load_model, load_tokenizer
-from falcon_dist.evaluate import held_out
-from falcon_dist.generate import Sampling, answer
 from falcon_dist.keeping import check_keeping, settle
 from falcon_dist.loop import (
     PackedTrainer,
@@ -35,27 +31,22 @@ from falcon_dist.loop import (
     row_stream,
     trainer_settings,
 )
+from falcon_dist.measure import make_monitor, measure, measure_base
 from falcon_dist.metrics import Reporter
 from falcon_dist.monitor import (
     Monitor,
-    Point,
     Verdict,
     check_evaluate,
-    evaluation_lines,
     prompts_of,
-    write_evaluation,
 )
 from falcon_dist.order import plan_schedule
 from falcon_dist.prepare import Prepared
-from falcon_dist.process_group import agree_on, open_group, same_everywhere
+from falcon_dist.process_group import open_group, same_everywhere
 from falcon_dist.resume import resume_point
 from falcon_dist.rows import PackedStore
 from falcon_dist.run import Run, closing_lines, opening_lines, run_facts
 from falcon_dist.tracking import check_tracking, evaluation_logs, trackers
 from falcon_dist.world import World
-
-BASE_FILE: Final = "base.json"
-"""What was measured before training, so that a resumed run need not measure it again."""
 
 
 class Trained(NamedTuple):
@@ -115,12 +106,12 @@ def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Train
         model = load_model(run.prepared.model, run.config.model, run.config.precision)
         masking.check_packing(model.config, run.config.data.packing_kind != "off")
         chosen = resume_point(run) if resume else None
-    before = _measure_base(run, model, tokenizer)
-    monitor = _monitor(run, model, tokenizer, chosen)
+    before = measure_base(run, model, tokenizer)
+    monitor = make_monitor(run, model, tokenizer, chosen)
     last_step = _fit(run, model, tokenizer, chosen, monitor)
     saved = run.checkpoints / checkpoint.folder_name(last_step)
     known = monitor.last is not None and monitor.last[0] == last_step
-    after = monitor.last[1] if known and monitor.last else _measure(run, model, tokenizer, "evaluate tuned")
+    after = monitor.last[1] if known and monitor.last else measure(run, model, tokenizer, "evaluate tuned")
     lines = closing_lines(before, after, saved)
     run.reporter.summary(lines)
     result = RankResult(
@@ -133,26 +124,6 @@ def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Train
         summary={"phases_s": run.reporter.phases, "base": before, "tuned": after},
     )
     return Trained(result, model)
-
-
-def _monitor(
-    run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chosen: checkpoint.Checkpoint | None
-) -> Monitor:
-    """Evaluation along the way, going on from what the chosen checkpoint knows."""
-
-    def tell(step: int, figures: Mapping[str, Any]) -> None:
-        if run.world.is_main:
-            write_evaluation(run.folder, step, figures)
-            for line in evaluation_lines(step, figures):
-                run.reporter.line(line)
-
-    return Monitor(
-        run.config.evaluate,
-        total_steps=run.schedule.total_steps,
-        points=[Point(*told) for told in chosen.facts.get("evaluations", ())] if chosen else (),
-        measure=lambda: _measure(run, model, tokenizer, "evaluate"),
-        tell=tell,
-    )
 
 
 def _fit(
@@ -265,39 +236,3 @@ def _save(
                 train_state.save_optimizer(folder, model, optimizer)
         settle(run.checkpoints, step, run.config.checkpoint, monitor.best_step)
     run.reporter.checkpoint(run.checkpoints / checkpoint.folder_name(step), step)
-
-
-def _measure_base(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Figures of the model before training, where they are asked for; a resumed run finds them kept."""
-    kept = run.folder / BASE_FILE
-    found = agree_on(int(kept.is_file()))
-    if found:
-        return dict(json.loads(kept.read_text())) if run.world.is_main else {}
-    if not run.config.evaluate.base:
-        return {}
-    measured = _measure(run, model, tokenizer, "evaluate base")
-    if run.world.is_main:
-        kept.write_text(json.dumps(measured, indent=1) + "\n")
-    return measured
-
-
-def _measure(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, phase: str) -> dict[str, Any]:
-    """Held-out loss by all ranks, answers by rank 0."""
-    figures: dict[str, Any] = {}
-    with run.reporter.phase(phase):
-        if len(run.store.evaluation):
-            figures["held_out"] = held_out(model, run.store.evaluation, run.world, run.config.precision).as_dict()
-        figures["answers"] = _answers(run, model, tokenizer)
-    return figures
-
-
-def _answers(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Rank 0's answers; the others wait for each one, so that no wait is longer than one answer takes."""
-    prompts = prompts_of(run.config.evaluate) if run.world.is_main else ()
-    sampling = Sampling(max_new_tokens=run.config.evaluate.max_new_tokens)
-    found = {}
-    for number in range(agree_on(len(prompts))):
-        if run.world.is_main:
-            found[prompts[number]] = answer(model, tokenizer, prompts[number], sampling)
-        dist.barrier()
-    return found
