@@ -27,7 +27,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from launcher import bind, doors, examine, hello, roster, survey
 from launcher.crew import Crew, reserve
@@ -107,10 +107,10 @@ class Agent:
     def _on_command(self) -> None:
         for line in self._commands.read():
             self._heard_at = time.monotonic()
-            values = json.loads(line)
             try:
+                values = json.loads(line)
                 self._obey(values.pop("command"), values)
-            except (LaunchError, OSError) as fault:
+            except (LaunchError, OSError, ValueError, KeyError) as fault:
                 self.emit("fault", text=str(fault))
                 self._leaving = True  # a node that cannot do its part has none
         self._leaving |= self._commands.ended
@@ -180,7 +180,13 @@ def keep(agent: int) -> None:
     if code < 0:
         told = json.dumps({"event": "died", "signal": -code})
         os.write(sys.stdout.fileno(), f"\n{told}\n".encode())  # its last line may lack an end
-    sys.exit(code if code >= 0 else 128 - code)
+    leave(code if code >= 0 else 128 - code)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process without the interpreter's own clearing up, which somebody would have to wait for."""
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main() -> None:
@@ -197,7 +203,9 @@ def main() -> None:
     try:
         Agent().serve()
     except UserError as fault:
-        sys.exit(f"launcher.agent: {fault}")
+        sys.stderr.write(f"launcher.agent: {fault}\n")
+        leave(1)
+    leave(0)
 
 
 if __name__ == "__main__":

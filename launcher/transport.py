@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shlex
 import socket
 import subprocess
@@ -91,14 +92,12 @@ class Channel:
     def close(self, timeout_s: float = 5.0) -> int | None:
         """Ends the agent and returns its exit code (-n for signal n); None: it had to be killed."""
         self.hang_up()
-        try:
-            return self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
+        ended = self._process.poll() is not None or _ends_within(self._process.pid, timeout_s)
+        if not ended:
             self._process.kill()
-            self._process.wait()
-            return None
-        finally:
-            self._output.close()
+        code = self._process.wait()
+        self._output.close()
+        return code if ended else None
 
     def last_words(self) -> str:
         """What the way to the agent said besides events: ssh's complaint, a login's banner; may be empty."""
@@ -153,6 +152,17 @@ def ssh(entry: HostEntry) -> Channel:
     except OSError as fault:
         raise LaunchError(f'{entry.host}: cannot start "ssh": {fault.strerror}; install an ssh client') from fault
     return Channel(entry.host, process, errors)
+
+
+def _ends_within(pid: int, timeout_s: float) -> bool:
+    """Waits for a child; Popen.wait() with a time limit would look every 50 ms only, and --dry-run feels that."""
+    fd = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    try:
+        return bool(poll.poll(timeout_s * 1000))
+    finally:
+        os.close(fd)
 
 
 def _tail(fd: int) -> bytes:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
-from launching import BIN, environment, launch, only_run, step_records, write_inputs
+from launching import BIN, launch, only_run, step_records, write_inputs
 
 from cluster.hosts import Hosts
+
+
+def own_cache(hosts: Hosts) -> dict[str, str]:
+    """A cache on each host's own disk."""
+    return {**os.environ, "XDG_CACHE_HOME": str(hosts.disk / "cache")}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +26,7 @@ def trained(hosts: Hosts):
     recipe.write_text(recipe.read_text().replace(str(home), str(hosts.disk / "home")).replace("= 4\n", "= 6\n", 1))
     words = ["--hosts", "node[1-3]", "--nproc-per-node", "1", "--recipe", "recipe.toml", "--run-id", "apart"]
     done = hosts[0].run(
-        *map(str, (BIN / "falcon-launch", *words)), cwd=hosts.disk / "home", env=environment(hosts.disk), timeout=200
+        *map(str, (BIN / "falcon-launch", *words)), cwd=hosts.disk / "home", env=own_cache(hosts), timeout=200
     )
     return hosts, done
 
@@ -64,7 +70,7 @@ def test_a_second_run_sends_nothing_again(trained):
     before = {p: p.stat().st_ctime_ns for p in hosts[1].disk.rglob("received/*/*")}
     words = ["--hosts", "node[1-2]", "--nproc-per-node", "1", "--recipe", "recipe.toml", "--set", "loop.max_steps=1"]
     done = hosts[0].run(
-        *map(str, (BIN / "falcon-launch", *words)), cwd=hosts.disk / "home", env=environment(hosts.disk), timeout=100
+        *map(str, (BIN / "falcon-launch", *words)), cwd=hosts.disk / "home", env=own_cache(hosts), timeout=100
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "received" not in done.stdout
