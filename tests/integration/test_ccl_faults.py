@@ -50,3 +50,12 @@ def test_a_group_whose_member_never_comes_is_an_error() -> None:
     (first,) = collect(children[:1], timeout_s=60)
     assert first.code == 1, first.text
     assert time.monotonic() - started < 40
+
+
+def test_a_timeout_leaves_the_stacks_of_all_ranks() -> None:
+    """Also of the one that is waited for, which is in no collective."""
+    children = start_ranks(PROGRAM, "absent", ranks=2)
+    first, second = collect(children, timeout_s=60)
+    assert first.code == 1, first.text
+    assert re.search(r"all_reduce #2 .* is not finished in time\n(.*\n)*.* in all_reduce\n", first.text), first.text
+    assert re.search(r"rank 0 of group 0 gives up waiting in all_reduce #2 (.*\n)*.* in misbehave\n", second.text)

@@ -8,6 +8,7 @@
 #include <future>
 #include <set>
 
+#include "alarm.h"
 #include "kvs.h"
 #include "task.h"
 
@@ -56,6 +57,15 @@ bool check_first_group(const std::vector<int64_t>& ranks, const std::string& gro
   return false;
 }
 
+// A group in which oneCCL took two ranks for one would go on, and every rank keep its own data.
+void check_exchange(const ccl::communicator& communicator, int rank, int size) {
+  int64_t sum = rank + 1;
+  ccl::allreduce(&sum, &sum, 1, ccl::datatype::int64, ccl::reduction::sum, communicator).wait();
+  TORCH_CHECK_WITH(
+      DistBackendError, sum == int64_t{size} * (size + 1) / 2,
+      "oneCCL does not add up the ranks' data: got ", sum, " for the sum of 1 to ", size);
+}
+
 }  // namespace
 
 // One tensor of an all_reduce.
@@ -72,6 +82,8 @@ CclBackend::CclBackend(c10::intrusive_ptr<c10d::Store> store, int rank, int size
   const Clock::time_point started = Clock::now();
   try {
     peers_ = std::make_shared<Peers>(store->clone(), rank, global_ranks_, settings.timeout);
+  } catch (const c10::ValueError&) {
+    throw;
   } catch (const c10::Error& error) {
     C10_THROW_ERROR(
         DistBackendError,
@@ -81,6 +93,7 @@ CclBackend::CclBackend(c10::intrusive_ptr<c10d::Store> store, int rank, int size
   }
   executor_ = std::make_unique<Executor>(settings.group, global_ranks_.at(rank), peers_);
   if (size > 1) {
+    watch_for_alarm(peers_->alarm_store());
     const bool first = check_first_group(global_ranks_, settings.group);
     options_->timeout = settings.timeout - std::chrono::duration_cast<milliseconds>(Clock::now() - started);
     connect(store);
@@ -122,7 +135,9 @@ void CclBackend::connect(const c10::intrusive_ptr<c10d::Store>& store) {
       ccl::init();
       auto kvs = std::make_shared<StoreKvs>(
           c10::make_intrusive<c10d::PrefixStore>("kvs", store->clone()), deadline);
-      made->set_value(ccl::create_communicator(size, rank, std::shared_ptr<ccl::kvs_interface>(kvs)));
+      auto communicator = ccl::create_communicator(size, rank, std::shared_ptr<ccl::kvs_interface>(kvs));
+      check_exchange(communicator, rank, size);
+      made->set_value(std::move(communicator));
     } catch (...) {
       made->set_exception(std::current_exception());
     }
@@ -159,6 +174,9 @@ void CclBackend::shutdown() {
   {
     std::lock_guard<std::mutex> guard(groups().lock);
     groups().executors.erase(executor_.get());
+    if (groups().executors.empty()) {
+      stop_watching();
+    }
   }
   const bool broken = !executor_->broken().empty();
   const bool ended = executor_->close(broken ? milliseconds(0) : options_->timeout);

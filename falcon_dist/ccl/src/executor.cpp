@@ -9,6 +9,8 @@
 
 #include <algorithm>
 
+#include "alarm.h"
+
 namespace falcon {
 
 namespace {
@@ -25,10 +27,12 @@ std::string seconds_text(Clock::duration duration) {
 
 // Between two looks at an unfinished operation. A look that took long has moved data, so the next one
 // follows at once; when nothing moves for a while the core is given away, for longer the longer it lasts: it
-// may be needed by the very rank that is waited for, and who spins is scheduled last afterwards.
+// may be needed by the very rank that is waited for, and who spins is scheduled last afterwards. The group's
+// own thread shares its core with the computation it overlaps, so its pauses grow much longer.
 class Backoff {
  public:
-  explicit Backoff(bool own_thread) : spin_(own_thread ? kSpinOwnThread : kSpinCaller) {}
+  explicit Backoff(bool own_thread)
+      : spin_(own_thread ? kSpinOwnThread : kSpinCaller), longest_(own_thread ? kLongestOwnThread : kLongestCaller) {}
 
   void pause(Clock::time_point before, Clock::time_point now) {
     if (now - before > kMovedData) {
@@ -39,7 +43,7 @@ class Backoff {
     if (idle < spin_) {
       __builtin_ia32_pause();
     } else {
-      std::this_thread::sleep_for(std::clamp<Clock::duration>(idle / 8, kShortest, kLongest));
+      std::this_thread::sleep_for(std::clamp<Clock::duration>(idle / 8, kShortest, longest_));
     }
   }
 
@@ -48,8 +52,10 @@ class Backoff {
   static constexpr auto kSpinCaller = std::chrono::microseconds(200);
   static constexpr auto kSpinOwnThread = std::chrono::microseconds(20);
   static constexpr auto kShortest = std::chrono::microseconds(10);
-  static constexpr auto kLongest = std::chrono::microseconds(100);
+  static constexpr auto kLongestCaller = std::chrono::microseconds(100);
+  static constexpr auto kLongestOwnThread = std::chrono::microseconds(2000);
   const Clock::duration spin_;
+  const Clock::duration longest_;
   Clock::time_point idle_since_ = Clock::now();
 };
 
@@ -294,6 +300,9 @@ void Executor::give_up_late(const Signature& mine, Clock::duration waited) {
   }
   const std::string absent = peers_->absent(mine);
   const std::string store = peers_->looking() ? "; the rendezvous store does not answer" : "";
+  watched_.end();
+  write_stacks(mine.text() + " is not finished in time");
+  raise_alarm("rank " + std::to_string(rank_) + " of group " + group_ + " gives up waiting in " + mine.text());
   give_up(
       mine,
       "not finished within " + seconds_text(waited) + " s, " +

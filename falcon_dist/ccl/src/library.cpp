@@ -1,5 +1,7 @@
 #include "library.h"
 
+#include "alarm.h"
+
 #include <dirent.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -76,6 +78,8 @@ void watch_all() {
             one->group_.c_str(),
             one->operation_.load(),
             static_cast<unsigned long long>(one->sequence_.load()));
+        write_stacks("stuck inside oneCCL");
+        raise_alarm("a rank of group " + one->group_ + " is stuck inside oneCCL");
         remove_shared_names();
         std::fflush(nullptr);
         _exit(1);

@@ -4,6 +4,7 @@
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
+#include "alarm.h"
 #include "backend.h"
 
 namespace py = pybind11;
@@ -39,11 +40,18 @@ c10::intrusive_ptr<c10d::Backend> create(
   return c10::make_intrusive<falcon::CclBackend>(store, rank, size, std::move(settings));
 }
 
+void write_python_stacks() {
+  constexpr int kStderr = 2;
+  py::gil_scoped_acquire gil;
+  py::module_::import("faulthandler").attr("dump_traceback")(py::arg("file") = kStderr, py::arg("all_threads") = true);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_falcon_ccl, module) {
   // The types that are passed here are registered by torch's own module.
   py::module_::import("torch._C._distributed_c10d");
+  falcon::set_stack_writer(write_python_stacks);
   module.def(
       "create",
       &create,
@@ -58,6 +66,7 @@ PYBIND11_MODULE(_falcon_ccl, module) {
   module.def(
       "close_all",
       [](double patience_s) {
+        falcon::set_stack_writer({});
         falcon::close_all_groups(std::chrono::milliseconds(static_cast<int64_t>(patience_s * 1000)));
       },
       py::call_guard<py::gil_scoped_release>());

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <map>
 #include <sstream>
 #include <system_error>
 #include <thread>
@@ -28,6 +29,12 @@ std::string host_identity() {
     return boot + "/" + std::to_string(getpid());  // alone: nothing is shared with anybody
   }
   return boot + "/" + space;
+}
+
+std::string host_name() {
+  char name[HOST_NAME_MAX + 1] = {};
+  gethostname(name, HOST_NAME_MAX);
+  return name;
 }
 
 Bytes to_bytes(const std::string& text) {
@@ -69,11 +76,18 @@ Peers::Peers(
   pids_.assign(size, 0);
   pidfds_.assign(size, -1);
   const std::string here = host_identity();
-  store_->set(key("host", rank_), to_bytes(here + " " + std::to_string(getpid())));
+  store_->set(key("host", rank_), to_bytes(here + " " + std::to_string(getpid()) + " " + host_name()));
   std::vector<std::string> hosts(size);
+  std::map<std::string, int> known;  // process and host name
   for (int other = 0; other < size; ++other) {
     std::istringstream record(await(*store_, key("host", other), timeout));
-    record >> hosts[other] >> pids_[other];
+    std::string host;
+    record >> hosts[other] >> pids_[other] >> host;
+    const auto [same, fresh] = known.emplace(std::to_string(pids_[other]) + " of " + host, other);
+    TORCH_CHECK_VALUE(
+        fresh,
+        name(same->second), " and ", name(other), " are both process ", same->first,
+        ", and oneCCL takes two such ranks for one: give every host a name of its own");
     if (hosts[other] == here) {
       local_.push_back(other);
       if (other != rank_) {
