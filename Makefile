@@ -46,6 +46,7 @@ test: $(READY) lint
 # Hosts made of namespaces, with sshd: needs root, and on Debian
 # apt-get install -y --no-install-recommends openssh-server openssh-client iproute2 nftables util-linux
 test-cluster: $(READY)
+	$(PIP) --no-deps --no-build-isolation deepspeed hjson ninja msgpack py-cpuinfo einops
 	$(BIN)/python -m pytest tests/cluster -m "not slow"
 
 # 200 kills at random moments of random parts of runs over such hosts.

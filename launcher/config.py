@@ -121,7 +121,11 @@ def load(flags: Flags) -> LaunchConfig:
     program = flags.program or _saved_program(folder)
     if flags.recipe or not (folder or program):
         values |= _recipe(flags.recipe or DEFAULT_RECIPE)
-    values |= _from_flags(flags)
+    given = _from_flags(flags)
+    for key, other in (("launch.hosts", "launch.hostfile"), ("launch.hostfile", "launch.hosts")):
+        if key in given:  # a resumed run may get other hosts, said in another way
+            values.pop(other, None)
+    values |= given
     check_known(values, _known_keys())
     launch = _launch_settings(values, flags)
     if folder:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 TOKEN: Final = "FALCON_COURIER_TOKEN"  # noqa: S105  # the variable's name
+CHECKPOINT: Final = "checkpoint"
 CHUNK: Final = 1 << 20
 STRANGER_S: Final = 5.0
 LONGEST_LINE: Final = 64 << 20
@@ -29,13 +30,19 @@ Files = list[tuple[str, int, int]]
 Stream = BufferedRWPair
 
 
-def offer(listening: socket.socket, prepared: Path, receivers: int, token: str) -> None:
+def offer(
+    listening: socket.socket, prepared: Path, receivers: int, token: str, checkpoints: Path | None = None
+) -> None:
     """Serves so many receivers side by side, each to its end.
+
+    ``checkpoints``: the newest folder below it is sent along too, for a run that is resumed.
 
     Raises:
         OSError: one of them went away.
     """
     folders = {key: Folder(Path(text)) for key, text in _folders(prepared).items()}
+    if checkpoints is not None and (newest := _newest(checkpoints)):
+        folders[CHECKPOINT] = Folder(newest)
     threads: list[_Thread] = []
     while len(threads) < receivers:
         connection, _ = listening.accept()
@@ -61,7 +68,10 @@ def receive(addr: str, port: int, prepared: Path, token: str) -> None:
         told = _read(stream)  # as soon as node 0 is ready, however long that takes
         values = dict(told["values"])
         for key, folder in told["folders"].items():
-            values[key] = str(_have(stream, key, folder))
+            if key == CHECKPOINT:
+                _place(stream, folder)
+            else:
+                values[key] = str(_have(stream, key, folder))
         _write(stream, {"want": "nothing"})
     prepared.parent.mkdir(parents=True, exist_ok=True)
     prepared.write_text(json.dumps(values, indent=1) + "\n")
@@ -125,7 +135,7 @@ def _send_files(stream: Stream, folder: Folder) -> None:
 
 def _have(stream: Stream, key: str, told: Mapping[str, Any]) -> Path:
     """This host's folder with the same content, fetched where there is none."""
-    files: Files = [(str(name), int(size), int(when)) for name, size, when in told["files"]]
+    files = _files(told)
     same_path = Path(told["path"])
     if same_path.is_dir() and files_of(same_path) == files:
         return same_path
@@ -139,6 +149,34 @@ def _have(stream: Stream, key: str, told: Mapping[str, Any]) -> Path:
         total = sum(size for _, size, _ in files)
         print(f"{key}: {len(files)} files, {total / 1e6:,.1f} MB received", flush=True)
     return path
+
+
+def _place(stream: Stream, told: Mapping[str, Any]) -> None:
+    """Makes sure the checkpoint is here under the very path it has on node 0, and has the same bytes."""
+    path, files = Path(told["path"]), _files(told)
+    sizes = [(name, size) for name, size, _ in files]
+    here = files_of(path) if path.is_dir() else []
+    if here == files:
+        return
+    _write(stream, {"want": "digests", "key": CHECKPOINT})
+    digests = _read(stream)
+    if [(name, size) for name, size, _ in here] == sizes and Folder(path).digests() == digests:
+        return
+    if path.exists():
+        path.rename(path.with_name(f"{path.name}.refused-{os.getpid()}"))
+    _write(stream, {"want": "files", "key": CHECKPOINT})
+    _fetch(stream, path, files, digests)
+    print(f"{path.name}: {sum(size for _, size in sizes) / 1e6:,.1f} MB received", flush=True)
+
+
+def _newest(checkpoints: Path) -> Path | None:
+    """The newest committed checkpoint; which of them can be trusted is rank 0's to say."""
+    whole = [p for p in checkpoints.glob("step-*") if p.suffix == "" and (p / "manifest.json").is_file()]
+    return max(whole, default=None)
+
+
+def _files(told: Mapping[str, Any]) -> Files:
+    return [(str(name), int(size), int(when)) for name, size, when in told["files"]]
 
 
 def _fetch(stream: Stream, path: Path, files: Files, digests: Mapping[str, str]) -> None:
@@ -212,13 +250,13 @@ class _Thread(threading.Thread):
 
 
 def main(argv: Sequence[str]) -> None:
-    """``offer FD PREPARED RECEIVERS`` or ``receive ADDR PORT PREPARED``; the token is in the environment."""
+    """``offer FD PREPARED RECEIVERS [CHECKPOINTS]`` or ``receive ADDR PORT PREPARED``, the token in the environment."""
     token = os.environ[TOKEN]
     try:
         match argv:
-            case ["offer", descriptor, prepared, receivers]:
+            case ["offer", descriptor, prepared, receivers, *checkpoints]:
                 with socket.socket(fileno=int(descriptor)) as listening:
-                    offer(listening, Path(prepared), int(receivers), token)
+                    offer(listening, Path(prepared), int(receivers), token, *map(Path, checkpoints))
             case ["receive", addr, port, prepared]:
                 receive(addr, int(port), Path(prepared), token)
             case _:

@@ -21,6 +21,7 @@ MOST_ADDRESSES: Final = 256
 HOSTS_FILE: Final = Path("/etc/hosts")
 LINK_LOCAL_V6: Final = "fe80"
 KNOCK_S: Final = 3.0
+OTHERS_S: Final = 0.3
 TOKEN_BYTES: Final = 16
 
 
@@ -84,6 +85,8 @@ def knock(doors: Mapping[str, int], token: str, source: str | None) -> dict[str,
                 selector.unregister(key.fileobj)
                 if seen := _seen(key.fileobj, token, own):  # type: ignore[arg-type]  # a socket, as registered
                     found[key.data] = seen
+                    # Bridges of containers never answer; what leads here at all answers about as fast as this one.
+                    deadline = min(deadline, time.monotonic() + OTHERS_S)
     return found
 
 

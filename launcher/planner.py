@@ -185,7 +185,8 @@ class _Builder:
         own = self._task(node, cpus, (*_ours(node, "prepare"), *self._config_words()))
         others = len(self.cluster.nodes) - 1
         if node.node_rank == 0:
-            offer = ("offer", str(RANK_STORE_FD), f"{self.site.run_dir}/prepared.json", str(others))
+            resumed = (f"{self.site.run_dir}/checkpoints",) if self.config.resume_from else ()
+            offer = ("offer", str(RANK_STORE_FD), f"{self.site.run_dir}/prepared.json", str(others), *resumed)
             return (own, self._courier(node, cpus, offer, listens="courier")) if others else (own,)
         port = NOT_PROBED if self.rendezvous.courier_port is None else str(self.rendezvous.courier_port)
         receive = ("receive", self.rendezvous.addr, port, self._received(node)[contract.PREPARED])

@@ -60,3 +60,21 @@ if __name__ == "__main__":
     seen = {tuple(row.tolist()) for row in torch.utils.data.DataLoader(Where(), batch_size=None, num_workers=2)}
     print("loaders", sorted(seen), "rank", sorted(os.sched_getaffinity(0)), flush=True)
 """
+DEEPSPEED = """
+import deepspeed, torch, torch.distributed as dist
+deepspeed.init_distributed(dist_backend="gloo")
+model = torch.nn.Linear(4, 1)
+config = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 1},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+for _ in range(2):
+    engine.backward(engine(torch.ones(1, 4)).sum())
+    engine.step()
+print("ranks", dist.get_world_size(), "steps", engine.global_steps, flush=True)
+dist.destroy_process_group()
+"""

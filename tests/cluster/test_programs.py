@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import stat
 import time
@@ -11,7 +12,7 @@ import pytest
 from launching import BIN
 
 from cluster.hosts import Hosts
-from cluster.programs import ACCELERATE, DDP, LOADERS
+from cluster.programs import ACCELERATE, DDP, DEEPSPEED, LOADERS
 
 SHM = "/dev/shm"  # noqa: S108  # shared memory is mounted there
 LAUNCH = str(BIN / "falcon-launch")
@@ -46,6 +47,15 @@ def test_a_stock_accelerate_script(launch):
     done = launch(ACCELERATE, *THREE, "--", "program.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ranks 3 seen 6") == 3
+
+
+def test_a_stock_deepspeed_script(launch):
+    spec = importlib.util.find_spec("deepspeed")
+    assert spec is not None, "this test needs deepspeed; see make test-cluster"
+    place = f"PYTHONPATH={Path(str(spec.origin)).parents[1]}"
+    done = launch(DEEPSPEED, *THREE, "--env", place, "--", "program.py", timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ranks 3 steps 2") == 3
 
 
 def test_loaders_are_not_squeezed_onto_one_core(hosts: Hosts, launch):

@@ -75,3 +75,14 @@ def test_a_second_run_sends_nothing_again(trained):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "received" not in done.stdout
     assert {p: p.stat().st_ctime_ns for p in hosts[1].disk.rglob("received/*/*")} == before
+
+
+def test_a_run_is_resumed_although_only_the_first_host_has_its_checkpoint(trained):
+    hosts, _ = trained
+    assert not list(hosts[1].disk.rglob("step-*"))
+    words = [str(BIN / "falcon-launch"), "--resume", "apart"]
+    done = hosts[0].run(*words, cwd=hosts.disk / "home", env=own_cache(hosts), timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 8 steps are done already" in done.stdout
+    for host in hosts.hosts[1:]:
+        assert (host.disk / "home/runs/apart/checkpoints/step-000008/manifest.json").is_file()

@@ -1,3 +1,5 @@
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -84,3 +86,18 @@ def test_lines_of_the_hosts_file(tmp_path, monkeypatch):
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n127.0.1.1  node1.x node1 # own\n10.0.0.1 node2\n")
     assert doors.loopback_line("node1") == f"{tmp_path}/hosts:2: 127.0.1.1 node1.x node1"
     assert doors.loopback_line("node2") is None
+
+
+def test_an_address_that_never_answers_holds_nobody_up():
+    opened = doors.Doors()
+    told = opened.facts()
+    with socket.create_server(("127.0.0.2", 0)) as silent, ThreadPoolExecutor() as pool:
+        ports = {"127.0.0.1": told["ports"]["127.0.0.1"], "127.0.0.2": silent.getsockname()[1]}
+        begun = time.monotonic()
+        knocking = pool.submit(doors.knock, ports, told["token"], None)
+        while not knocking.done():
+            for _, answer in opened.answers():
+                answer()
+        assert list(knocking.result()) == ["127.0.0.1"]
+        assert time.monotonic() - begun < 2
+    opened.close()
