@@ -7,7 +7,7 @@ from launcher import environment, network, planner, render, sysfs
 from launcher.cluster import HostFacts, join
 from launcher.config import LaunchConfig, LaunchSettings, Program
 from launcher.errors import UserError
-from launcher.hostfile import this_machine
+from launcher.hostfile import parse, this_machine
 from launcher.placement import Policy, place
 from launcher.plan import LaunchPlan, Site
 from launcher.planner import Opened
@@ -19,9 +19,9 @@ SCRIPT = Program(module=False, argv=("my script.py", "--log", "a b"))
 
 @pytest.fixture
 def make_plan(tmp_path):
-    def make(program=SCRIPT, port=29511, versions=None, **launch) -> LaunchPlan:
+    def make(program=SCRIPT, port=29511, versions=None, allocators=None, **launch) -> LaunchPlan:
         topology = sysfs.read(write_tree(tmp_path, sockets=2))
-        facts = [HostFacts(topology=topology, python="/py", versions=versions or {})]
+        facts = [HostFacts(topology=topology, python="/py", versions=versions or {}, allocators=allocators or {})]
         cluster = join(this_machine(), facts, network.alone())
         config = LaunchConfig(launch=LaunchSettings(**launch), program=program)
         site = Site(run_id="r", attempt=1, run_dir="/runs/r", cwd="/work")
@@ -124,3 +124,41 @@ def test_backend_is_chosen_aloud(make_plan):
     assert make_plan(program=None).backend == "gloo"
     assert make_plan(program=None, versions={"oneccl-cpu-devel": "2022.1"}).backend == "ccl"
     assert make_plan(program=None, backend="ccl").backend == "ccl"
+
+
+def test_a_memory_allocator_is_the_hosts_own(make_plan):
+    found = {"tcmalloc": "/usr/lib/libtcmalloc.so.4"}
+    plan = make_plan(allocators=found, memory_allocator="tcmalloc")
+    assert {rank.env["LD_PRELOAD"] for rank in plan.ranks} == {"/usr/lib/libtcmalloc.so.4"}
+    assert "LD_PRELOAD" not in make_plan(allocators=found).ranks[0].env
+    with pytest.raises(UserError, match='--memory-allocator: localhost has no library of it: "jemalloc"; install'):
+        make_plan(allocators=found, memory_allocator="jemalloc")
+
+
+def test_one_interface_for_all_that_communicate(make_plan):
+    env = make_plan().ranks[0].env
+    assert [env[name] for name in ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "FI_TCP_IFACE")] == ["lo"] * 3
+    assert not {"OMP_PROC_BIND", "KMP_AFFINITY"} & set(env)  # they would narrow the mask that loaders inherit
+
+
+def test_other_hosts_receive_what_the_first_prepares(tmp_path):
+    topology = sysfs.read(write_tree(tmp_path))
+    hosts = parse("a\nb\nc", "hosts")
+    facts = [HostFacts(topology=topology, python="/py", versions={}, identity={"HOME": f"/home/{n}"}) for n in "abc"]
+    meeting = network.Meeting(addr="10.0.0.1", ifnames=("eth0", "ens5", "ib0"))
+    cluster = join(hosts, facts, meeting)
+    site = Site(run_id="r", attempt=1, run_dir="/runs/r", cwd="/work")
+    opened = Opened(port=1, courier_port=2, courier_token="t0ken")
+    plan = planner.build(LaunchConfig(), cluster, place(cluster, Policy()), site, ENVIRON, opened=opened)
+    first, second, _ = plan.nodes
+    assert [task.argv[3] for task in first.prepare] == ["falcon_dist", "launcher.courier"]
+    assert [task.argv[4:] for task in second.prepare] == [
+        ("receive", "10.0.0.1", "2", "/runs/r/attempt_1/prepare_0001/prepared.json")
+    ]
+    assert second.ranks[0].env["FALCON_PREPARED"] == "/runs/r/attempt_1/prepare_0001/prepared.json"
+    assert "FALCON_PREPARED" not in first.ranks[0].env
+    assert [n.ranks[0].env["GLOO_SOCKET_IFNAME"] for n in plan.nodes] == ["eth0", "ens5", "ib0"]
+    assert [n.ranks[0].env["HOME"] for n in plan.nodes] == ["/home/a", "/home/b", "/home/c"]
+    assert (first.cwd, second.cwd) == ("/work", "/runs/r/attempt_1")
+    assert "t0ken" not in json.dumps(plan.redacted().to_json())
+    assert "t0ken" not in " ".join(word for node in plan.nodes for task in node.prepare for word in task.argv)
