@@ -9,8 +9,6 @@ from tiny_models import SHAPES, make_model
 from falcon_dist.contract import UserError
 from falcon_dist.quantize import quantize, weight_bytes
 
-pytest.importorskip("torchao")
-
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("kind", "error"), [("int8", 0.05), ("int4", 0.45)])
