@@ -51,7 +51,7 @@ def seconds_until_running(commands: Sequence[Sequence[str]], num_ranks: int) -> 
     said, took = 0, 0.0
     with os.fdopen(reader) as lines:
         for line in lines:
-            said += "running" in line
+            said += line.count("running")  # two ranks may share a line
             if said == num_ranks and not took:
                 took = time.monotonic() - begun
     errors = [process.communicate(timeout=PATIENCE_S)[1].decode() for process in processes]
