@@ -33,7 +33,10 @@ class Place:
 def find_place(store: Store, rank: int, size: int, timeout: timedelta) -> Place:
     """From the launcher's environment where it says so, else by asking the other ranks through ``store``."""
     local = _from_environment(os.environ) or _from_store(store, rank, size, timeout)
-    interface = os.environ.get(INTERFACE) or route_interface(os.environ.get(contract.MASTER_ADDR, "127.0.0.1"))
+    given = os.environ.get(INTERFACE)
+    if given:
+        check_interface(given)
+    interface = given or route_interface(os.environ.get(contract.MASTER_ADDR, "127.0.0.1"))
     return Place(local_rank=local[0], local_size=local[1], interface=interface)
 
 
@@ -51,6 +54,13 @@ def _from_store(store: Store, rank: int, size: int, timeout: timedelta) -> tuple
     store.wait(keys, timeout)
     neighbours = [other for other, key in enumerate(keys) if store.get(key).decode() == here]
     return neighbours.index(rank), len(neighbours)
+
+
+def check_interface(name: str) -> None:
+    """Raises UserError where this host has no such interface: libfabric would take any other one silently."""
+    known = [interface for _, interface in socket.if_nameindex()]
+    if name not in known:
+        raise UserError(f'{INTERFACE}: no such interface: "{name}"; this host has {", ".join(known)}')
 
 
 def route_interface(address: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 import falcon_dist.ccl
 from falcon_dist.ccl import build as ccl_build
-from falcon_dist.ccl.hosts import route_interface
+from falcon_dist.ccl.hosts import check_interface, route_interface
 from falcon_dist.contract import UserError
 
 
@@ -49,3 +49,9 @@ def test_loopback_goes_over_lo() -> None:
 def test_an_address_that_is_none_is_refused() -> None:
     with pytest.raises(UserError, match="no route to the master address"):
         route_interface("no-such-host.invalid")
+
+
+def test_an_interface_that_is_not_there_is_refused() -> None:
+    check_interface("lo")
+    with pytest.raises(UserError, match='FI_TCP_IFACE: no such interface: "none7"; this host has lo'):
+        check_interface("none7")

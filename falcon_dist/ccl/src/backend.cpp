@@ -57,6 +57,11 @@ bool check_first_group(const std::vector<int64_t>& ranks, const std::string& gro
   return false;
 }
 
+std::string interface_text() {
+  const char* name = std::getenv("FI_TCP_IFACE");
+  return name ? std::string(" (here FI_TCP_IFACE is ") + name + ")" : "";
+}
+
 // A group in which oneCCL took two ranks for one would go on, and every rank keep its own data.
 void check_exchange(const ccl::communicator& communicator, int rank, int size) {
   int64_t sum = rank + 1;
@@ -156,7 +161,7 @@ void CclBackend::connect(const c10::intrusive_ptr<c10d::Store>& store) {
     }
   }
   const std::string text = "rank " + std::to_string(global_ranks_[rank_]) + ", opening a ccl group of ranks " +
-      ranks_text(global_ranks_) + ": " + reason;
+      ranks_text(global_ranks_) + ": " + reason + interface_text();
   poison(text);
   C10_THROW_ERROR(DistBackendError, text);
 }

@@ -36,8 +36,9 @@ class CclBackend final : public c10d::Backend {
   ~CclBackend() override;
 
   const std::string getBackendName() const override { return "ccl"; }
-  c10::intrusive_ptr<Options> getBackendOptions() override { return options_; }
-  void setTimeout(milliseconds timeout) override { options_->timeout = timeout; }
+  // Not virtual in torch 2.8, virtual later: no "override".
+  c10::intrusive_ptr<Options> getBackendOptions() { return options_; }
+  void setTimeout(milliseconds timeout) { options_->timeout = timeout; }
   void setSequenceNumberForGroup() override {}
   uint64_t getSequenceNumberForGroup() override { return executor_->sequence(); }
   c10d::ErrorType getError() override;

@@ -219,7 +219,7 @@ WorkPtr CclBackend::reduce_scatter_tensor_coalesced(
     Tensors& inputs,
     const c10d::ReduceScatterOptions& options) {
   TaskBuilder builder(
-      *this, c10d::OpType::REDUCE_SCATTER_TENSOR_COALESCED, "reduce_scatter_tensor", options.timeout);
+      *this, c10d::OpType::_REDUCE_SCATTER_BASE, "reduce_scatter_tensor", options.timeout);
   return reduce_scatter_all(builder, inputs, outputs, options.reduceOp, options.asyncOp);
 }
 
