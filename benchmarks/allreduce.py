@@ -1,9 +1,11 @@
 """all_reduce over ccl against gloo and a plain copy, on this host: a table and one JSON line.
 
-    python benchmarks/allreduce.py [--ranks 2] [--rounds 3] [--quick]
+    python benchmarks/allreduce.py [--ranks 2] [--rounds 3] [--quick] [--imb]
 
 Starts its own ranks, each pinned to one allowed cpu. Within a round the backends take turns call by call,
 so that other load on the machine meets both alike; a figure is the median over rounds of medians over calls.
+--imb adds Intel MPI's own benchmark (IMB Allreduce, float32, from 4 MiB on), run between the rounds on the same
+cpus while the ranks sleep.
 """
 
 from __future__ import annotations
@@ -68,9 +70,10 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="only the sizes that have a target")
+    parser.add_argument("--imb", action="store_true", help="compare with Intel MPI too")
     flags = parser.parse_args()
     if "RANK" in os.environ:
-        measure(flags.rounds, QUICK if flags.quick else CASES)
+        measure(flags.rounds, QUICK if flags.quick else CASES, imb=flags.imb)
         return 0
     return start(flags.ranks)
 
@@ -102,7 +105,7 @@ def start(ranks: int) -> int:
     return next((code for code in codes if code), 0)
 
 
-def measure(rounds: int, cases: tuple[Case, ...]) -> None:
+def measure(rounds: int, cases: tuple[Case, ...], *, imb: bool = False) -> None:
     """One rank: every case, rounds of alternating calls; rank 0 prints."""
     os.sched_setaffinity(0, {int(os.environ["BENCHMARK_CPU"])})
     import torch
@@ -125,10 +128,16 @@ def measure(rounds: int, cases: tuple[Case, ...]) -> None:
             "ccl": lambda data=data: dist.all_reduce(data),
             "copy": lambda data=data, other=other: other.copy_(data),
         }
-        times = {
-            name: statistics.median(found) for name, found in _rounds(actions, rounds, case.calls, dist.barrier).items()
-        }
-        rows.append(_row(case, times))
+        found: dict[str, list[float]] = {name: [] for name in actions}
+        compared = imb and case.dtype == "float32" and case.size >= 4 * MIB
+        for turn in range(rounds):
+            for name, value in _round(actions, case.calls, dist.barrier).items():
+                found[name].append(value)
+            if compared and first:
+                found.setdefault("imb", []).append(imb_allreduce(case.size, dist.get_world_size()))
+            if compared:
+                _sleep_until_told(f"imb/{case.name}/{turn}", tell=first)
+        rows.append(_row(case, {name: statistics.median(values) for name, values in found.items()}))
         if first:
             print(_line(rows[-1]), flush=True)
     if first:
@@ -136,30 +145,64 @@ def measure(rounds: int, cases: tuple[Case, ...]) -> None:
     dist.destroy_process_group()
 
 
-def _rounds(
-    actions: dict[str, Callable[[], Any]], rounds: int, calls: int, barrier: Callable[[], Any]
-) -> dict[str, list[float]]:
-    """Milliseconds: per action one median for each round."""
+def _round(actions: dict[str, Callable[[], Any]], calls: int, barrier: Callable[[], Any]) -> dict[str, float]:
+    """Median milliseconds of each action, the actions taking turns."""
+    found: dict[str, list[float]] = {name: [] for name in actions}
     for action in actions.values():
         action()
-    medians: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds):
-        found: dict[str, list[float]] = {name: [] for name in actions}
-        for _ in range(calls):
-            for name, action in actions.items():
-                barrier()
-                started = time.perf_counter()
-                action()
-                found[name].append((time.perf_counter() - started) * 1e3)
-        for name, values in found.items():
-            medians[name].append(statistics.median(values))
-    return medians
+    for _ in range(calls):
+        for name, action in actions.items():
+            barrier()
+            started = time.perf_counter()
+            action()
+            found[name].append((time.perf_counter() - started) * 1e3)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def _sleep_until_told(key: str, *, tell: bool) -> None:
+    """A barrier in which nobody polls."""
+    import torch.distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+    if tell:
+        store.set(key, "done")
+    store.wait([key])
+
+
+def imb_allreduce(size: int, ranks: int) -> float:
+    """Milliseconds of Intel MPI's all_reduce, as its benchmark averages them."""
+    from falcon_dist.ccl.library import find_library
+
+    root = find_library().folder.parent
+    cpus = sorted(os.sched_getaffinity(os.getppid()))
+    env = os.environ | {
+        "I_MPI_ROOT": str(root),
+        "FI_PROVIDER_PATH": str(root / "lib"),
+        "LD_LIBRARY_PATH": f"{root}/lib",
+    }
+    env = {name: value for name, value in env.items() if not name.startswith(("CCL_", "FI_TCP", "RANK", "WORLD"))}
+    env |= {"FI_PROVIDER": "shm", "I_MPI_PIN_PROCESSOR_LIST": ",".join(str(cpus[n % len(cpus)]) for n in range(ranks))}
+    argv = [str(root / "bin" / "mpiexec.hydra"), "-n", str(ranks), str(root / "bin" / "IMB-MPI1")]
+    argv += ["-msglog", f"{size.bit_length() - 1}:{size.bit_length() - 1}", "-npmin", str(ranks), "-iter", "20"]
+    done = subprocess.run(
+        [*argv, "-iter_policy", "off", "Allreduce"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=RANK_TIMEOUT_S,
+        preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+    )
+    rows = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == [str(size)]]
+    return float(rows[0][3]) / 1e3  # t_max, in microseconds
 
 
 def _row(case: Case, ms: dict[str, float]) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case.name, "bytes": case.size}
     row |= {f"{name}_ms": round(value, 4) for name, value in ms.items()}
     row |= {"speedup": round(ms["gloo"] / ms["ccl"], 2), "copies": round(ms["ccl"] / ms["copy"], 2)}
+    if "imb" in ms:
+        row |= {"imb_over_ccl": round(ms["imb"] / ms["ccl"], 2)}
     if case.name in TARGETS and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         row |= {"target": TARGETS[case.name], "met": ms["gloo"] / ms["ccl"] >= TARGETS[case.name]}
     return row
@@ -167,8 +210,9 @@ def _row(case: Case, ms: dict[str, float]) -> dict[str, Any]:
 
 def _line(row: dict[str, Any]) -> str:
     figures = (row["gloo_ms"], row["ccl_ms"], row["copy_ms"], row["speedup"], row["copies"])
+    compared = f"   Intel MPI {row['imb_ms']:.3f} ms, {row['imb_over_ccl']} times ccl" if "imb_ms" in row else ""
     target = f"   target {row['target']}: {'met' if row['met'] else 'MISSED'}" if "target" in row else ""
-    return f"{row['case']:<18}" + "".join(f"{figure:>10.3f}" for figure in figures) + target
+    return f"{row['case']:<18}" + "".join(f"{figure:>10.3f}" for figure in figures) + compared + target
 
 
 if __name__ == "__main__":

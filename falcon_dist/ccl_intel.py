@@ -2,6 +2,7 @@
 
 Both give torch.distributed a backend named "ccl", so a process takes one or the other. Intel's is built for one
 torch version and crashes on others; it is judged by its metadata, before it is imported.
+Ours takes the name on import of falcon_dist.ccl, so this is not a module of that package.
 """
 
 from __future__ import annotations
