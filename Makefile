@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 # oneCCL's backend is compiled here, so it is installed where there is a compiler; gloo is taken elsewhere.
-CXX_FOUND := $(shell command -v c++)
+CXX_FOUND := $(shell command -v g++)
 EXTRAS := demo,dev$(if $(CXX_FOUND),$(COMMA)oneccl)
 PROJECT := pyproject.toml constraints.txt Makefile
 
@@ -40,7 +40,7 @@ demo-labels: $(READY)
 # Tests have a cache of their own; the collective backend is compiled into it once.
 test: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests
 test: $(READY) lint
-	$(if $(CXX_FOUND),$(BIN)/python -m falcon_dist.ccl build,@echo "no c++ found: the ccl backend and its tests are left out")
+	$(if $(CXX_FOUND),$(BIN)/python -m falcon_dist.ccl build,@echo "no g++ found: the ccl backend and its tests are left out")
 	$(BIN)/python -m pytest $(if $(CXX_FOUND),,-m "not ccl")
 
 # Hosts made of namespaces, with sshd: needs root, and on Debian

@@ -26,6 +26,8 @@ class HostFacts:
     """HOME and other variables that are the host's own business."""
     allocators: Mapping[str, str] = field(default_factory=dict)
     """Path of each memory allocator that was found."""
+    compiler: str = "g++"
+    """Path of the C++ compiler; empty: none. Taken to be there where a host was not asked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

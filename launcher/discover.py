@@ -128,7 +128,7 @@ def _facts(host: str, hello: dict[str, Any], saved: Mapping[str, Topology]) -> H
     return HostFacts(
         topology=saved.get(host) or Topology.from_json(hello["topology"], host),
         machine=f"{hello['hostname']} {hello['boot_id']}",
-        **{key: hello[key] for key in ("python", "python_version", "versions", "identity", "allocators")},
+        **{key: hello[key] for key in ("python", "python_version", "versions", "identity", "allocators", "compiler")},
     )
 
 

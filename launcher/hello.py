@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ def facts() -> dict[str, Any]:
         "versions": versions(),
         "identity": {name: os.environ[name] for name in IDENTITY if name in os.environ},
         "allocators": allocators(),
+        "compiler": compiler(os.environ),
         "topology": sysfs.read().to_json(),
     }
 
@@ -44,6 +46,13 @@ def versions() -> dict[str, str]:
     parts = [name.removesuffix(".dist-info").rpartition("-") for name in entries]
     installed = {name.lower().replace("_", "-"): version for name, _, version in parts}
     return {name: installed[name] for name in VERSIONS_OF if name in installed}
+
+
+def compiler(environ: Mapping[str, str]) -> str:
+    """Path of the C++ compiler that the ccl backend would be built with; empty where there is none."""
+    name = environ.get("CXX") or "g++"
+    found = (Path(place, name) for place in environ.get("PATH", "").split(os.pathsep) if place)
+    return next((str(path) for path in found if path.is_file()), "")
 
 
 def allocators() -> dict[str, str]:

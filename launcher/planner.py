@@ -232,6 +232,9 @@ def choose_backend(config: LaunchConfig, cluster: Cluster) -> tuple[str, str]:
     lacking = [n.host for n in cluster.nodes if ONECCL not in n.facts.versions]
     if lacking:
         return "gloo", f"oneCCL is not installed on {lacking[0]}"
+    helpless = [n.host for n in cluster.nodes if not n.facts.compiler]
+    if helpless:
+        return "gloo", f"oneCCL is installed, but {helpless[0]} has no C++ compiler to build its backend"
     return "ccl", "oneCCL is installed on every node"
 
 

@@ -19,9 +19,10 @@ SCRIPT = Program(module=False, argv=("my script.py", "--log", "a b"))
 
 @pytest.fixture
 def make_plan(tmp_path):
-    def make(program=SCRIPT, port=29511, versions=None, allocators=None, **launch) -> LaunchPlan:
+    def make(program=SCRIPT, port=29511, versions=None, allocators=None, compiler="/g++", **launch) -> LaunchPlan:
         topology = sysfs.read(write_tree(tmp_path, sockets=2))
-        facts = [HostFacts(topology=topology, python="/py", versions=versions or {}, allocators=allocators or {})]
+        known = {"versions": versions or {}, "allocators": allocators or {}, "compiler": compiler}
+        facts = [HostFacts(topology=topology, python="/py", **known)]
         cluster = join(this_machine(), facts, network.alone())
         config = LaunchConfig(launch=LaunchSettings(**launch), program=program)
         site = Site(run_id="r", attempt=1, run_dir="/runs/r", cwd="/work")
@@ -123,6 +124,7 @@ def test_text(make_plan):
 def test_backend_is_chosen_aloud(make_plan):
     assert make_plan(program=None).backend == "gloo"
     assert make_plan(program=None, versions={"oneccl-cpu-devel": "2022.1"}).backend == "ccl"
+    assert make_plan(program=None, versions={"oneccl-cpu-devel": "2022.1"}, compiler="").backend == "gloo"
     assert make_plan(program=None, backend="ccl").backend == "ccl"
 
 
