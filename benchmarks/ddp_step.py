@@ -8,8 +8,8 @@ as many buckets of the same sizes while nothing else is done. Times are from bar
 slowest rank; a figure is the median over rounds.
 
 "share" is what a step takes longer than the one that sends nothing, divided by itself: noisy where other programs
-use the cores. "alone" is the exchange without a step around it; its share is of a step that overlaps nothing. "threads" is the cpu
-time that the exchange's own threads take of the step's core, which other programs hardly change.
+use the cores. "alone" is the exchange without a step around it; its share is of a step that overlaps nothing.
+"threads" is the cpu time that the exchange's own threads take from the step, which other programs hardly change.
 """
 
 from __future__ import annotations
