@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import importlib
 import os
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,8 @@ def open_group(world: World, env: Mapping[str, str] = os.environ) -> Iterator[No
         _check_world(world)
         yield
     finally:
+        # A DDP wrapper that outlives its gloo group can abort the process at exit; the Trainer's is held by cycles.
+        gc.collect()
         dist.destroy_process_group()
 
 
