@@ -11,8 +11,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
-from typing import Final
+from typing import Final, NoReturn
 
 from falcon_dist import contract
 from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR, RankResult, UserError
