@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,6 +21,25 @@ EXIT_USER_ERROR: Final = 2
 """Exit code of a launcher or rank that refuses its input."""
 EXIT_FAILED: Final = 1
 """Exit code where something failed that is nobody's input."""
+EXIT_UNSOUND: Final = 3
+"""Exit code of a rank whose numbers cannot be trusted (NaN, replicas that differ): starting again would not help."""
+NOT_RETRIED: Final = (EXIT_USER_ERROR, EXIT_UNSOUND)
+"""Exit codes after which no further attempt is made."""
+
+STACKS_SIGNAL: Final = signal.SIGUSR1
+"""Asks a rank to write the stacks of all its threads to ``stacks.txt`` in its folder; see the event "takes"."""
+EMERGENCY_SIGNAL: Final = signal.SIGUSR2
+"""Asks a rank to commit a checkpoint of its last finished step: a peer is gone; see the event "takes".
+
+Sent to one survivor only, which then is the one writer; the others are asked to end. Its main thread may be in a
+collective that will never end, so somebody else has to listen. It has ``EMERGENCY_GRACE_S`` to say
+{"event": "checkpoint", "emergency": true}; then, or when it ends, or when the time is over, it is ended too. A rank
+whose collective fails because a peer is gone waits ``EMERGENCY_WAIT_S`` for the signal before it ends by itself.
+"""
+EMERGENCY_WAIT_S: Final = 15.0
+"""A silent host is noticed after 10 s; whose link is cut may know earlier than the launcher does."""
+EMERGENCY_GRACE_S: Final = 60.0
+"""How long an emergency checkpoint may take, unless ``launch.emergency_grace_s`` says otherwise."""
 
 # torchrun's names, so that any torch.distributed program finds what it knows.
 RANK: Final = "RANK"
@@ -52,6 +72,7 @@ BACKEND: Final = "FALCON_BACKEND"
 
 RESULT_FILE: Final = "result.json"
 STEPS_FILE: Final = "steps.jsonl"
+STACKS_FILE: Final = "stacks.txt"
 
 Status = Literal["ok", "failed"]
 
@@ -99,6 +120,10 @@ class RankResult:
 #   {"event": "step", "step": 3, "total": 50, "loss": 2.1, "lr": 1e-4, "epoch": 0.1,
 #    "tokens_per_s": 812.0, "eta_s": 60.0, "log": true}  a finished step (all ranks; rank 0's is shown;
 #                                                         "log" asks for a line of its own)
-#   {"event": "checkpoint", "path": "...", "step": 3}    committed (rank 0)
+#   {"event": "checkpoint", "path": "...", "step": 3}    committed (rank 0); with "emergency": true by whichever
+#                                                         rank was asked for it
+#   {"event": "takes", "signal": "stacks"}               from now on STACKS_SIGNAL is understood; "save" likewise
+#                                                         for EMERGENCY_SIGNAL (whole replicas only). A rank that did
+#                                                         not say so is never sent that signal
 #   {"event": "summary", "lines": ["..."]}               the closing text (rank 0)
-EVENT_NAMES: Final = ("bound", "phase", "line", "step", "checkpoint", "summary")
+EVENT_NAMES: Final = ("bound", "phase", "line", "step", "checkpoint", "takes", "summary")
