@@ -23,8 +23,8 @@ from falcon_dist.generate import Sampling, reply
 from falcon_dist.packaged import packaged_text
 from falcon_dist.prepare import find_model
 from falcon_dist.process_group import open_group
-from falcon_dist.quantize import quantize, weight_bytes
 from falcon_dist.rows import Part
+from falcon_dist.weight_only import quantize_layers, ready, weight_bytes
 from falcon_dist.world import World
 
 PROMPT = [{"role": "user", "content": "Tell me about your weekend."}]
@@ -55,7 +55,8 @@ def main() -> None:
     for kind in ("bf16", "int8", "int4"):
         model: PreTrainedModel = load_model(place, config, "bf16").eval()
         if kind != "bf16":
-            quantize(model, kind)
+            quantize_layers(model, kind)
+            ready(model)
         answers = [
             reply(model, tokenizer, PROMPT, Sampling(max_new_tokens=args.tokens)) for _ in range(args.rounds + 1)
         ]

@@ -140,9 +140,10 @@ def load(source: str | None, args: argparse.Namespace) -> tuple[PreTrainedModel,
     set_template(tokenizer, args.template)
     model = load_model(place, config, args.precision).eval()
     if args.quantize:
-        from falcon_dist.quantize import quantize
+        from falcon_dist.weight_only import quantize_layers, ready
 
-        quantize(model, args.quantize)
+        quantize_layers(model, args.quantize)
+        ready(model)
     return model, tokenizer
 
 

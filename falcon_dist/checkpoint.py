@@ -48,12 +48,19 @@ def committed(root: Path, step: int, facts: Mapping[str, Any]) -> Iterator[Path]
     Raises:
         UserError: the disk is full or cannot be written. Older checkpoints stay as they are.
     """
-    final = root / folder_name(step)
+    with written(root / folder_name(step), {"step": step, **facts}) as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def written(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """The same for a folder of any name: it is there whole, with its manifest, or not at all."""
+    root = final.parent
     partial = root / f"{final.name}{_PARTIAL}{os.getpid()}"
     try:
         partial.mkdir(parents=True)
         yield partial
-        _write_manifest(partial, {"step": step, **facts})
+        _write_manifest(partial, facts)
         if final.exists():
             # Only a resume that refused this very checkpoint writes it again.
             final.rename(root / f"{final.name}.refused-{os.getpid()}")

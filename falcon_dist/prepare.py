@@ -56,6 +56,8 @@ def prepare(config: TrainConfig, run_dir: Path, env: Mapping[str, str]) -> Prepa
         return Prepared.read(run_dir, env)
     model = find_model(config.model)
     plan = load_config(model, config.model)
+    if getattr(plan, "quantization_config", None) is not None:
+        raise UserError(f'model.name: its weights are quantised: "{config.model.name}"; train the one it was made from')
     check_packing(plan, config.data.packing_kind != "off")
     parameters = count_parameters(plan)
     print(f"model: {config.model.name}, {parameters:,} parameters", flush=True)

@@ -1,94 +1,83 @@
-"""Weight-only quantisation by torchao for inference: int8 a row, int4 a group of columns; activations stay bf16.
-
-The output head and the embeddings stay as they are: they cost the most quality for the least room.
-"""
+"""``falcon quantize MODEL OUT --bits 8|4``: a checkpoint with int8 or int4 weights, for inference."""
 
 from __future__ import annotations
 
-import importlib
-import logging
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from falcon_dist import checkpoint
+from falcon_dist.config import ModelConfig
 from falcon_dist.contract import UserError
+from falcon_dist.engine.native import load_model, load_tokenizer
+from falcon_dist.prepare import find_model
+from falcon_dist.weight_only import Kind, disk_settings, quantize_layers, weight_bytes
 
-Kind = Literal["int8", "int4"]
-GROUPS: Final = (32, 64, 128)
-"""Columns that share a scale in int4, the smallest that divides a layer's; 32 rows are packed together."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Quantized:
-    """What was done."""
-
-    layers: int
-    left: tuple[str, ...]
-    """Linear layers of a shape that the packing does not take, the head not counted."""
+KINDS: Final[dict[int, Kind]] = {8: "int8", 4: "int4"}
 
 
-def quantize(model: PreTrainedModel, kind: Kind) -> Quantized:
-    """Replaces the weights of the model's linear layers in place.
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The verb's own flags."""
+    parser = argparse.ArgumentParser(prog="falcon quantize", description=__doc__, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("model", help="a checkpoint folder, or any model's folder or hub name")
+    flag("out", type=Path, help="the folder to make, as runs/RUN/quantized/int8")
+    flag("--bits", type=int, choices=tuple(KINDS), required=True, help="of a weight")
+    flag("--max-shard-size", default="5GB", help="largest weights file (5GB)")
+    return parser.parse_args(argv)
+
+
+def quantize(argv: Sequence[str]) -> int:
+    """Reads the model in bf16, rounds the weights of its linear layers and writes them.
 
     Raises:
-        UserError: torchao is not installed, or the weights are not bf16.
+        UserError: the checkpoint does not verify, there is no such model, or OUT exists.
     """
-    if model.dtype != torch.bfloat16:
-        raise UserError(f'--quantize: weights must be bf16: "{model.dtype}"; leave --precision out')
-    head = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    left = []
-    for name in names:
-        plain = _plain(model, name)
-        settings = _settings(kind, plain)
-        if settings is None:
-            left.append(name)
-        else:
-            _torchao().quantize_(plain, settings)
-    return Quantized(layers=len(names) - len(left), left=tuple(left))
+    args = parse_args(argv)
+    out, kind = args.out.absolute(), KINDS[args.bits]
+    if out.exists():
+        raise UserError(f'falcon quantize: "{args.out}" exists already; name a new folder')
+    facts = _facts_of(args.model)
+    config = ModelConfig(name=args.model)
+    place = find_model(config)
+    model, tokenizer = load_model(place, config, "bf16").eval(), load_tokenizer(place, config)
+    before, done = weight_bytes(model), quantize_layers(model, kind)
+    _say_in_config(model, kind, done.left)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.written(out, {**facts, "quantized": kind, "made_from": args.model}) as folder:
+        _save(folder, model, tokenizer, args.max_shard_size)
+    print(f"{done.layers} layers in {kind}, {len(done.left)} left in bf16 besides the embeddings and the head")
+    for name in done.left:
+        print(f"  left, not a multiple of 32 wide and high: {name}")
+    print(f"weights: {before / 2**20:,.1f} MiB -> {weight_bytes(model) / 2**20:,.1f} MiB: {args.out}")
+    return 0
 
 
-def _plain(model: nn.Module, name: str) -> nn.Linear:
-    """The layer as a stock nn.Linear: Falcon's own class multiplies by hand, which packed weights do not take."""
-    layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    if type(layer) is nn.Linear:
-        return layer
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    plain.weight, plain.bias = layer.weight, layer.bias
-    plain.train(layer.training)
-    model.set_submodule(name, plain)
-    return plain
+def _facts_of(model: str) -> dict[str, Any]:
+    """What the checkpoint's manifest tells of its run, its bytes verified; nothing for a model of another kind."""
+    path = Path(model).expanduser()
+    if not (path / checkpoint.MANIFEST).is_file():
+        return {"step": 0}
+    fault = checkpoint.fault_of(path)
+    if fault:
+        raise UserError(f'falcon quantize: "{model}" cannot be trusted: {fault}')
+    return dict(checkpoint.read(path).facts)
 
 
-def _settings(kind: Kind, layer: nn.Linear) -> Any:
-    """torchao's configuration for this layer, None where its shape does not fit."""
-    if kind == "int8":
-        return _torchao().Int8WeightOnlyConfig(set_inductor_config=False)
-    group = next((size for size in GROUPS if layer.in_features % size == 0), None)
-    if group is None or layer.out_features % 32:
-        return None
-    return _torchao("prototype.quantization.int4").PrototypeInt4WeightOnlyConfig(group, set_inductor_config=False)
+def _say_in_config(model: PreTrainedModel, kind: Kind, left: Sequence[str]) -> None:
+    """Lets transformers write torchao's form, and read it again."""
+    from transformers import TorchAoConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    settings = TorchAoConfig(disk_settings(kind), modules_to_not_convert=[*head, *left])
+    model.config.quantization_config = settings
+    model.hf_quantizer = AutoHfQuantizer.from_config(settings)
 
 
-def _torchao(part: str = "quantization") -> Any:
-    for noisy in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
-        return importlib.import_module(f"torchao.{part}")
-    except ImportError as error:
-        raise UserError("--quantize: torchao is not installed; run pip install 'falcon-dist[quantize]'") from error
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes that the model's parameters take, packed ones with their scales; tied ones once."""
-    return sum(_bytes(param) for param in model.parameters())
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    names = (*getattr(tensor, "tensor_data_names", ()), *getattr(tensor, "optional_tensor_data_names", ()))
-    parts = [part for name in names if (part := getattr(tensor, name, None)) is not None]
-    return sum(part.nbytes for part in parts) if parts else tensor.nbytes
+def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_shard_size: str) -> None:
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)

@@ -1,7 +1,8 @@
-"""Files -> records, one reader for each format; none holds more than a piece of its file, but for .json."""
+"""Files -> records, one reader for each format; none holds more than a piece of its file."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -71,22 +72,54 @@ def _json_object(place: str, line: bytes) -> Item:
 
 
 def _read_json(path: Path, _: TextBy) -> Iterator[Item]:
+    import ijson
+
+    number = -1
     with _open(path) as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
         try:
-            whole = json.load(file)
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON: {error}; for one object a line name it .jsonl") from error
-    for number, values in enumerate(_json_list(path, whole)):
-        place = f"{path}[{number}]"
-        yield Record(place, values) if isinstance(values, dict) else _no_object(place, values)
+            for number, values in enumerate(_items_of_the_list(path, ijson.basic_parse(file, use_float=True))):
+                place = f"{path}[{number}]"
+                yield Record(place, values) if isinstance(values, dict) else _no_object(place, values)
+        except ijson.JSONError as error:
+            fault = f"{path}[{number + 1}]: not JSON: {_first_line(error.args[0])}"
+            raise UserError(f"{fault}; for one object a line name it .jsonl") from error
 
 
-def _json_list(path: Path, whole: Any) -> list[Any]:
-    """The list itself, or the one list inside an object such as {"data": [...]}."""
-    lists = [v for v in whole.values() if isinstance(v, list)] if isinstance(whole, dict) else [whole]
-    if len(lists) != 1 or not isinstance(lists[0], list):
+def _items_of_the_list(path: Path, events: Iterator[tuple[str, Any]]) -> Iterator[Any]:
+    """Items of the list that the file is, or of the one list in an object such as {"data": [...]}, as they come.
+
+    Args:
+        path: for the error.
+        events: ijson's (event, value) pairs.
+    """
+    import ijson
+
+    item, depth, lists, floor = ijson.ObjectBuilder(), 0, 0, None  # floor: how deep the list's items are
+    for event, value in events:
+        opens, closes = event.startswith("start_"), event.startswith("end_")
+        depth -= closes
+        if floor is not None and depth >= floor:
+            item.event(event, value)
+            if depth == floor and not opens:
+                yield item.value
+                item = ijson.ObjectBuilder()
+        elif floor is not None:
+            floor = None
+        elif event == "start_array" and depth <= 1:
+            lists, floor = lists + 1, depth + 1
+            if lists > 1:
+                break
+        depth += opens
+    if lists != 1:
         raise UserError(f"{path}: a .json file must hold one list of objects; for one object a line name it .jsonl")
-    return lists[0]
+
+
+def _first_line(told: str | bytes) -> str:
+    """Of ijson's errors, which are text or bytes and draw a picture below."""
+    text = told.decode("utf-8", "replace") if isinstance(told, bytes) else told
+    return text.splitlines()[0].rstrip(".")
 
 
 def _no_object(place: str, values: Any) -> Fault:

@@ -148,7 +148,7 @@ def _digest(paths: list[Path]) -> str:
     return whole.hexdigest()
 
 
-def _hub_source(name: str, config: DataConfig, weight: float) -> Source:
+def _hub_source(name: str, config: DataConfig, weight: float = 1.0) -> Source:
     import datasets
 
     try:

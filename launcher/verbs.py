@@ -24,6 +24,7 @@ OWN: Final = {
 HANDED_ON: Final = {
     "chat": "talk to a model or a checkpoint",
     "compare": "two models on the same held-out rows and prompts",
+    "quantize": "write a checkpoint with int8 or int4 weights",
     "push": "send a checkpoint to the Hugging Face hub, with a model card",
     "preview": "show what a model would be trained on, row by row",
     "prepare": "build a recipe's packed data on this machine",

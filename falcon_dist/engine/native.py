@@ -38,8 +38,14 @@ def load_model(source: Path | str, config: ModelConfig, precision: Precision) ->
             attn_implementation=config.attention,
             use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f'model.name: cannot load "{source}": {_first_line(error)}') from error
+    if getattr(model, "hf_quantizer", None) is not None:
+        from falcon_dist.weight_only import ready
+
+        if precision != "bf16":
+            raise UserError(f'precision: quantised weights run in bf16 only: "{precision}"; take another precision')
+        ready(model)
     model.train()
     return model
 

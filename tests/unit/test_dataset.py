@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from tiny_models import TEXT, make_tokenizer
 from falcon_dist.config import DataConfig, MixUntil
 from falcon_dist.contract import UserError
 from falcon_dist.dataset import describe, prepare_rows
+from falcon_dist.readers import read_file
+from falcon_dist.records import Record
 from falcon_dist.rows import PackedStore
 
 
@@ -168,7 +171,11 @@ def test_only_the_first_places_are_printed_and_all_are_written(tmp_path: Path) -
         ("d.csv", 'a,text\n1,"x\ny"\n2\n', "d.csv:4: row has fewer fields than the header"),
         ("d.csv", 'a,text\n1,"x"y\n', "d.csv:2: not a CSV row"),
         ("d.json", '[{"text": "a"}, 3]', 'd.json[1]: not a JSON object: "3"'),
-        ("d.json", '{"text": "a"}\n{"text": "b"}', "d.json: not JSON: "),
+        ("d.json", '{"text": "a"}\n{"text": "b"}', "d.json[0]: not JSON: parse error: trailing garbage; "),
+        ("d.json", '[{"text": "a"}, {"text": NaN}]', "d.json[1]: not JSON: lexical error: invalid char in json text; "),
+        ("d.json", '[{"text": "a"}, {"te', "d.json[1]: not JSON: parse error: premature EOF; "),
+        ("d.json", '{"a": [], "b": []}', "d.json: a .json file must hold one list of objects"),
+        ("d.json", '[{"text": "\x00"}]', "d.json[0]: not JSON: "),
         ("d.json", '{"a": 1}', "d.json: a .json file must hold one list of objects"),
         ("d.parquet", "no parquet at all", "d.parquet: not a parquet file"),
         ("d.jsonl.gz", "no gzip", "d.jsonl.gz: not a whole gzip file"),
@@ -185,10 +192,28 @@ def test_every_format_names_what_is_wrong_and_where(tmp_path: Path, name: str, c
     assert message in str(error.value)
 
 
+def test_json_lists_are_read_in_pieces(tmp_path: Path) -> None:
+    file = tmp_path / "d.json"
+    with file.open("w") as out:
+        out.write('{"version": 1, "data": [{"text": "first"}')
+        for _ in range(40):
+            out.write(', {"text": "' + "x" * 250_000 + '"}')
+        out.write("]}")
+    tracemalloc.start()
+    assert sum(isinstance(item, Record) for item in read_file(file, "line")) == 41
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3_000_000 < file.stat().st_size
+
+
 def test_text_that_is_no_utf8(tmp_path: Path) -> None:
     file = tmp_path / "d.txt"
     file.write_bytes(b"caf\xe9\n")
     with pytest.raises(UserError, match=r"d.txt: not UTF-8 text: .*0xe9"):
+        prepare_rows(DataConfig(name=str(file)), make_tokenizer())
+    file = tmp_path / "d.json"
+    file.write_bytes(b'[{"text": "a"}, {"text": "caf\xe9"}]')
+    with pytest.raises(UserError, match=r"d.json\[1\]: not JSON: lexical error: invalid bytes in UTF8 string; "):
         prepare_rows(DataConfig(name=str(file)), make_tokenizer())
 
 

@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from pyarrow import parquet
 from tiny_models import make_tokenizer
 
+from falcon_dist import sources
 from falcon_dist.chat_template import find_template, known_templates, render
 from falcon_dist.config import ColumnsConfig, DataConfig
 from falcon_dist.contract import UserError
@@ -108,21 +110,22 @@ def test_text_files_by_line_paragraph_or_whole(tmp_path: Path, by: str, expected
     assert shown(config(tmp_path / "d.txt", text_by=by)) == expected
 
 
-def test_hub_name_and_streaming_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = datasets.Dataset.from_list(ROWS)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split, revision: whole)
-
-    class Builder:
-        hash = "c0ffee"
-        config = datasets.BuilderConfig("default")
-
-        def as_streaming_dataset(self, split: str) -> datasets.IterableDataset:
-            assert split == "train"
-            return whole.to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, subset, revision: Builder())
-    assert shown(config(Path("people/talks"))) == READ
-    assert shown(config(Path("people/talks"), streaming=True)) == READ
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_names_and_streaming_go_through_datasets(tmp_path: Path, monkeypatch, streaming: bool) -> None:
+    """A repository as the hub holds it, in a folder: ``datasets`` itself resolves, caches and streams it."""
+    repository = tmp_path / "people" / "talks"
+    (repository / "data").mkdir(parents=True)
+    parquet.write_table(pa.Table.from_pylist(ROWS[:1]), repository / "data" / "train-00000-of-00002.parquet")
+    parquet.write_table(pa.Table.from_pylist(ROWS[1:]), repository / "data" / "train-00001-of-00002.parquet")
+    parquet.write_table(pa.Table.from_pylist(ROWS), repository / "data" / "test-00000-of-00001.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    asked = config(Path("people/talks"), streaming=streaming)
+    monkeypatch.setattr(sources, "_find", sources._hub_source)  # which would take the folder for one of files
+    assert shown(asked) == READ
+    assert any(tmp_path.joinpath("datasets").rglob("*.arrow")) != streaming
+    with pytest.raises(UserError, match=r'cannot load "people/talks" \(split "validation"\): '):
+        shown(replace(asked, split="validation"))
 
 
 MESSAGES = [
