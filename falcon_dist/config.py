@@ -14,7 +14,9 @@ __all__ = ["TrainConfig", "Value", "build", "check_known", "flatten", "keys_of",
 
 Precision = Literal["bf16", "bf16-autocast", "fp32"]
 Schedule = Literal["constant", "linear", "cosine"]
-Attention = Literal["sdpa", "eager"]
+Attention = Literal["auto", "segments", "sdpa", "eager"]
+Head = Literal["auto", "chunked", "plain"]
+Switch = Literal["auto", "on", "off"]
 Packing = Literal["wrapped", "best-fit", "off"]
 Form = Literal["auto", "text", "prompt-completion", "messages", "sharegpt", "alpaca"]
 Loss = Literal["all", "answers"]
@@ -31,7 +33,9 @@ class ModelConfig:
     """A folder, a hub name, or "pypi:PACKAGE" for a model inside an installed package."""
     revision: str | None = None
     """Commit of a hub model."""
-    attention: Attention = "sdpa"
+    attention: Attention = "auto"
+    """How attention is computed while training. segments: the fused kernel inside each packed sample, no mask; sdpa or
+    eager: transformers' own with a mask over the row; auto: segments where the model allows it, else sdpa."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +129,17 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How the step is computed; docs/engine.md has the measurements behind each "auto"."""
+
+    head: Head = "auto"
+    """chunked: output layer and loss together, a few rows at a time; plain: all logits, then their loss; auto: chunked
+    where the model allows it."""
+    compile: Switch = "auto"
+    """torch.compile of each decoder layer; it needs a C++ compiler."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
     """How many rows a step takes and how long it goes on."""
 
@@ -138,6 +153,7 @@ class LoopConfig:
     max_steps: int | None = None
     """Stop after this many optimizer steps; None: what epochs asks for."""
     grad_checkpointing: bool = False
+    """Keep only what enters each layer and compute the rest again in backward: less memory, a third more products."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +213,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from falcon_dist.config import OptimConfig, TrainConfig
 from falcon_dist.engine.adamw import MasterAdamW
-from falcon_dist.loss import token_losses
+from falcon_dist.engine.form import TrainingForm
 from falcon_dist.masking import Masking
 from falcon_dist.metrics import Reporter, StepRecord
 from falcon_dist.monitor import Verdict
@@ -27,6 +27,10 @@ from falcon_dist.world import World
 class PackedTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer with one loss of ours: summed over the rows' own labels, divided by all ranks' labels."""
 
+    def __init__(self, *, form: TrainingForm, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._form = form
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -37,11 +41,8 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         """Mean loss a token of the global batch, times world_size because DDP averages gradients over ranks."""
         assert not return_outputs
         assert num_items_in_batch is not None
-        labels = inputs.pop("labels")
-        logits = model(**inputs, use_cache=False).logits
-        tokens = torch.as_tensor(num_items_in_batch).clamp(min=1)
-        loss: torch.Tensor = token_losses(logits, labels).sum() / tokens * self.args.world_size
-        return loss
+        tokens = max(1, int(num_items_in_batch))
+        return self._form.loss(model, inputs, inputs.pop("labels"), self.args.world_size / tokens)
 
 
 class RowCollator:

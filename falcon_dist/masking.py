@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from falcon_dist.contract import UserError
+from falcon_dist.engine.attention import SEGMENTS
 
 
 def uses_alibi(config: PreTrainedConfig) -> bool:
@@ -52,16 +53,22 @@ class Masking:
     additive: bool
     """Eager attention adds its mask to the scores; sdpa takes a boolean one."""
     dtype: torch.dtype
+    segments: bool = False
+    """Attention finds the borders in position_ids and takes no mask."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Masking:
-        additive = getattr(model.config, "_attn_implementation", "sdpa") == "eager"
-        return cls(alibi=uses_alibi(model.config), additive=additive, dtype=model.dtype)
+        """As the model computes its attention now; ask again after that was changed."""
+        way = getattr(model.config, "_attn_implementation", "sdpa")
+        additive, segments = way == "eager", way == SEGMENTS
+        return cls(alibi=uses_alibi(model.config), additive=additive, dtype=model.dtype, segments=segments)
 
     def inputs(self, records: torch.Tensor) -> dict[str, torch.Tensor]:
         """[B, T] records -> attention_mask and position_ids as this model's forward takes them."""
         if self.alibi:
             return {"attention_mask": (records >= 0).long()}
+        if self.segments:
+            return {"position_ids": positions(records)}
         mask = block_causal(records)
         if self.additive:
             mask = torch.zeros(mask.shape, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)

@@ -16,6 +16,8 @@ from transformers import (
 
 from falcon_dist.config import ModelConfig, Precision
 from falcon_dist.contract import UserError
+from falcon_dist.engine.attention import SEGMENTS, register
+from falcon_dist.engine.form import FAMILIES
 
 WEIGHT_DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -25,7 +27,7 @@ WEIGHT_DTYPES: dict[Precision, torch.dtype] = {
 
 
 def load_model(source: Path | str, config: ModelConfig, precision: Precision) -> PreTrainedModel:
-    """The model with its weights in the precision's dtype, in training mode.
+    """The model with its weights in the precision's dtype, in training mode and in plain form (see form.py).
 
     Raises:
         UserError: there is no such model, or its files do not load.
@@ -35,7 +37,7 @@ def load_model(source: Path | str, config: ModelConfig, precision: Precision) ->
             str(source),
             dtype=WEIGHT_DTYPES[precision],
             revision=_revision(source, config),
-            attn_implementation=config.attention,
+            attn_implementation=_attention(source, config),
             use_safetensors=True,
         )
     except (OSError, ValueError, ImportError) as error:
@@ -46,8 +48,17 @@ def load_model(source: Path | str, config: ModelConfig, precision: Precision) ->
         if precision != "bf16":
             raise UserError(f'precision: quantised weights run in bf16 only: "{precision}"; take another precision')
         ready(model)
+    model.config._attn_implementation = "eager" if config.attention == "eager" else "sdpa"
     model.train()
     return model
+
+
+def _attention(source: Path | str, config: ModelConfig) -> str:
+    """The attention whose modules are made; those of segments know the plain way too."""
+    register()
+    if config.attention == "auto" and load_config(source, config).model_type not in FAMILIES:
+        return "sdpa"
+    return SEGMENTS if config.attention == "auto" else config.attention
 
 
 def load_tokenizer(source: Path | str, config: ModelConfig) -> PreTrainedTokenizerBase:
