@@ -29,7 +29,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *, form: TrainingForm, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._form = form
+        self.form = form
 
     def compute_loss(
         self,
@@ -42,7 +42,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         assert not return_outputs
         assert num_items_in_batch is not None
         tokens = max(1, int(num_items_in_batch))
-        return self._form.loss(model, inputs, inputs.pop("labels"), self.args.world_size / tokens)
+        return self.form.loss(model, inputs, inputs.pop("labels"), self.args.world_size / tokens)
 
 
 class RowCollator:

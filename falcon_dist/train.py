@@ -21,6 +21,7 @@ from falcon_dist.chat_template import set_template
 from falcon_dist.config import TrainConfig
 from falcon_dist.contract import RankResult
 from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
+from falcon_dist.engine.form import TrainingForm, choose
 from falcon_dist.engine.native import load_model, load_tokenizer
 from falcon_dist.keeping import check_keeping, settle
 from falcon_dist.loop import (
@@ -148,8 +149,10 @@ def _fit(
     if start >= run.schedule.total_steps or monitor.stopped:
         run.reporter.line(f"all {start} steps are done already")
         return start
-    with run.reporter.phase("train"):
-        return _run_trainer(run, model, tokenizer, optimizer, start=start, monitor=monitor)
+    form = TrainingForm(model, choose(model.config, run.config.model, run.config.engine))
+    run.reporter.line(form.line())
+    with run.reporter.phase("train"), form.training():
+        return _run_trainer(run, model, tokenizer, optimizer, form, start=start, monitor=monitor)
 
 
 def _run_trainer(
@@ -157,6 +160,7 @@ def _run_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: MasterAdamW,
+    form: TrainingForm,
     *,
     start: int,
     monitor: Monitor,
@@ -173,6 +177,7 @@ def _run_trainer(
         evaluate=lambda step: _evaluate(monitor, trainer, step),
     )
     trainer = PackedTrainer(
+        form=form,
         model=model,
         args=trainer_settings(run.config, run.schedule, start, str(run.folder)),
         train_dataset=row_stream(run.schedule, start),
@@ -194,7 +199,8 @@ def _run_trainer(
 
 
 def _evaluate(monitor: Monitor, trainer: PackedTrainer, step: int) -> Verdict:
-    verdict = monitor.after_step(step)
+    with trainer.form.plain():
+        verdict = monitor.after_step(step)
     if monitor.last and monitor.last[0] == step:
         trainer.log(evaluation_logs(monitor.last[1]))
     return verdict

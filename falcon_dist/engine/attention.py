@@ -93,14 +93,18 @@ def segment_attention_backward(
 
 def _expand(heads: Tensor, groups: int) -> Tensor:
     """[B, G, T, D] -> [B, G x groups, T, D]; no copy where one head serves all."""
-    return heads.repeat_interleave(groups, dim=1) if groups > 1 and heads.shape[1] > 1 else heads.expand(
-        -1, groups * heads.shape[1], -1, -1
+    return (
+        heads.repeat_interleave(groups, dim=1)
+        if groups > 1 and heads.shape[1] > 1
+        else heads.expand(-1, groups * heads.shape[1], -1, -1)
     )
 
 
 def _gather(grads: Tensor, groups: int) -> Tensor:
     """[B, G x groups, T, D] -> [B, G, T, D], summed in fp32."""
-    return grads if groups == 1 else grads.unflatten(1, (-1, groups)).sum(dim=2, dtype=torch.float32)
+    batch, heads, length, width = grads.shape
+    shared = grads.view(batch, heads // groups, groups, length, width)
+    return grads if groups == 1 else shared.sum(dim=2, dtype=torch.float32)
 
 
 @segment_attention.register_fake
@@ -181,6 +185,8 @@ class SegmentFalconAttention(modeling_falcon.FalconAttention):  # type: ignore[m
             return super().forward(  # type: ignore[no-any-return]
                 hidden_states, *args, position_ids=position_ids, position_embeddings=position_embeddings, **kwargs
             )
+        assert position_ids is not None
+        assert position_embeddings is not None
         query, key, value = (heads.transpose(1, 2) for heads in self._heads(self.query_key_value(hidden_states)))
         query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
         out = attend(query, key, value, position_ids, self.head_dim**-0.5)
@@ -190,7 +196,7 @@ class SegmentFalconAttention(modeling_falcon.FalconAttention):  # type: ignore[m
         """[B, T, fused] -> [B, T, H, D] queries, [B, T, G, D] keys and values."""
         if not self.new_decoder_architecture:
             return self._split_heads(fused)  # type: ignore[no-any-return]
-        groups = fused.unflatten(-1, (self.num_kv_heads, -1, self.head_dim))
+        groups = fused.view(*fused.shape[:2], self.num_kv_heads, -1, self.head_dim)
         return groups[:, :, :, :-2].flatten(2, 3), groups[:, :, :, -2], groups[:, :, :, -1]
 
 

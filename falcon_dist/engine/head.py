@@ -38,9 +38,7 @@ class _HeadLoss(torch.autograd.Function):
     """sum over rows of cross entropy(hidden @ weight.T + bias, label), times a factor."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: float
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: float) -> Tensor:
         made = _products(hidden, weight, bias, labels, factor, ctx.needs_input_grad)
         ctx.save_for_backward(made.hidden, made.weight, made.bias)
         return made.loss
@@ -74,7 +72,9 @@ def _products(
             of_weight.add(logits.T @ taken)
         if of_bias is not None:
             of_bias.add(logits.sum(0, dtype=torch.float32))
-    return _Products(loss, of_hidden, of_weight and of_weight.get(), of_bias and of_bias.get())
+    return _Products(
+        loss, of_hidden, None if of_weight is None else of_weight.get(), None if of_bias is None else of_bias.get()
+    )
 
 
 class _Sum:
@@ -93,7 +93,9 @@ class _Sum:
 
 def _chunks(labels: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
     """[N] labels -> places of rows that carry loss, and their labels; the last chunk is filled up with IGNORED."""
-    for places in (labels != IGNORED).nonzero().squeeze(1).split(rows):
+    carrying = (labels != IGNORED).nonzero().squeeze(1)
+    for at in range(0, len(carrying), rows):
+        places = carrying[at : at + rows]
         missing = -len(places) % ROW_MULTIPLE
         wanted = torch.cat([labels[places], labels.new_full((missing,), IGNORED)])
         yield torch.cat([places, places.new_zeros(missing)]), wanted
@@ -105,7 +107,8 @@ def softmax_gradient_(logits: Tensor, labels: Tensor, factor: float) -> Tensor:
     Rows labelled IGNORED count nothing and become 0.
     """
     rows = max(1, BLOCK_BYTES // (4 * logits.shape[1]))
-    losses = [_block_(*pair, factor) for pair in zip(logits.split(rows), labels.split(rows), strict=True)]
+    starts = range(0, len(logits), rows)
+    losses = [_block_(logits[at : at + rows], labels[at : at + rows], factor) for at in starts]
     return torch.stack(losses).sum() * factor
 
 
@@ -130,7 +133,7 @@ class LossHead:
         self._layer = layer
         self._plain = layer.forward
         self._asked: tuple[Tensor, float] | None = None
-        layer.forward = self._forward  # type: ignore[method-assign]
+        layer.forward = self._forward  # type: ignore[assignment,method-assign]
 
     @contextmanager
     def asked(self, labels: Tensor, factor: float) -> Iterator[None]:
@@ -167,7 +170,7 @@ def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
     if torch.is_autocast_enabled("cpu"):
         flat, weight, bias = _autocast(flat), _autocast(weight), None if bias is None else _autocast(bias)
     with torch.autocast("cpu", enabled=False):
-        loss: Tensor = _HeadLoss.apply(flat, weight, bias, ahead, factor)
+        loss: Tensor = _HeadLoss.apply(flat, weight, bias, ahead, factor)  # type: ignore[no-untyped-call]
     return loss
 
 
