@@ -42,6 +42,7 @@ class Reporter:
         self._steps: TextIO | None = None
         self.phases: dict[str, float] = {}
         """Seconds spent in each phase."""
+        self._inside: list[str] = []
         if contract.EVENT_FD in env:
             # Ranks start no programs that would need it, and DataLoader workers must not hold it open.
             descriptor = int(env[contract.EVENT_FD])
@@ -57,13 +58,21 @@ class Reporter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Names what goes on in the block and adds up its time."""
+        """Names what goes on in the block and adds up its time; after it, the phase around it goes on."""
+        self._inside.append(name)
         self._send({"event": "phase", "name": name})
         start = time.monotonic()
         try:
             yield
         finally:
             self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - start
+            self._inside.pop()
+            if self._inside:
+                self._send({"event": "phase", "name": self._inside[-1]})
+
+    def takes(self, request: str) -> None:
+        """From now on this rank understands the signal of a request: "stacks" or "save"."""
+        self._send({"event": "takes", "signal": request})
 
     def line(self, text: str) -> None:
         """A line for the person watching, told once (by rank 0)."""

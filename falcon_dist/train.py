@@ -16,7 +16,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from falcon_dist import affinity, checkpoint, contract, masking, train_state
+from falcon_dist import affinity, checkpoint, contract, masking, stacks, train_state
 from falcon_dist.chat_template import set_template
 from falcon_dist.config import TrainConfig
 from falcon_dist.contract import RankResult
@@ -73,6 +73,9 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
     world = World.from_env(env)
     rank_dir = Path(env[contract.RANK_DIR]) if contract.RANK_DIR in env else None
     reporter = Reporter(world, env, rank_dir)
+    if rank_dir is not None:
+        stacks.write_when_asked(rank_dir)
+        reporter.takes("stacks")
     seen = affinity.observe()
     reporter.bound(seen.cpus, seen.threads)
     fault = affinity.mismatch(seen, env)

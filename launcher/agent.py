@@ -9,6 +9,8 @@ Commands come as JSON lines on standard input, events go as JSON lines to standa
     -> {"command": "prepare", "plan": NodePlan}    <- {"event": "prepared", "code" | "signal"}
     -> {"command": "start"}                        <- {"event": "spawned", "rank", "pid", "cpus"} for each rank
     -> {"command": "signal", "number": N}
+    -> {"command": "ask", "request": "stacks"}     <- {"event": "stacks", "ranks": [{"rank", "state", "stacks"}]}
+    -> {"command": "ask", "request": "save", "rank": R}
     -> {"command": "end_run", "file": F}           <- {"event": "ended_run", "text"}
     -> {"command": "clock" | "examine" | "open_ring" | "ring", ...}    for falcon doctor, answered alike
 
@@ -91,6 +93,7 @@ class Agent:
         for key, _ in self._selector.select(POLL_S if hasty else BEAT_S):
             key.data()
         self._crew.tell_output()
+        self._crew.tell_stacks()
         self._outbox.flush()
         now = time.monotonic()
         if now - self._said_at >= BEAT_S:
@@ -128,6 +131,7 @@ class Agent:
             "prepare": self._prepare,
             "start": self._crew.start_ranks,
             "signal": self._crew.signal_all,
+            "ask": self._crew.ask,
             "knock": lambda **asked: self.emit("knocked", reached=doors.knock(**asked)),
             "survey": lambda **asked: self.emit("surveyed", **survey.take(**asked)),
             "end_run": lambda file: self.emit("ended_run", text=roster.end(file)),

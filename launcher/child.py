@@ -9,14 +9,17 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
+from falcon_dist.contract import EMERGENCY_SIGNAL, STACKS_SIGNAL
 from launcher import bind
 from launcher.cpuset import CpuSet
 from launcher.errors import LaunchError
 from launcher.plan import NodePlan, RankPlan, TaskPlan
 from launcher.wire import CHUNK_BYTES, Lines
 
+Request = Literal["stacks", "save"]
+SIGNALS: Final[Mapping[str, int]] = {"stacks": STACKS_SIGNAL, "save": EMERGENCY_SIGNAL}
 STREAMS: Final = ("stdout", "stderr")
 TAIL_LINES: Final = 15
 LONGEST_LINE_BYTES: Final = 1 << 16
@@ -102,6 +105,8 @@ class Child:
         self.events = None if events is None else Lines(events)
         self.events_fd = events
         self.refused: str | None = None
+        self.takes: set[str] = set()
+        """Requests that the program said it understands; the signals for them would end any other."""
         self._process = self._start()
         self.pid = self._process.pid
         # Popen comes back when exec has happened: this is the program's own mask.
@@ -111,6 +116,13 @@ class Child:
         """Sends a signal to it and to all it has started in its group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
+
+    def ask(self, request: Request) -> bool:
+        """Sends the program itself the signal of a request it understands; returns whether it does."""
+        if request in self.takes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, SIGNALS[request])
+        return request in self.takes
 
     def reaped(self, status: int) -> None:
         """The agent has collected its end; frees what it held."""

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR
 from launcher import checks, discover, environment, explain, flags, folder, network, planner, render, sysfs, transport
@@ -18,9 +19,15 @@ from launcher.errors import LaunchError, UserError
 from launcher.flags import Order
 from launcher.hostfile import Hostfile, parse, parse_list, this_machine
 from launcher.hostselect import select
+from launcher.patience import Patience
 from launcher.placement import Policy, place
 from launcher.plan import LaunchPlan
 from launcher.planner import Opened
+from launcher.topology import Topology
+
+if TYPE_CHECKING:  # not for --help and --dry-run
+    from launcher.console import Console
+    from launcher.report import RunReport
 
 TOKEN_BYTES = 16
 
@@ -52,12 +59,28 @@ def launch(order: Order, environ: Mapping[str, str]) -> int:
     if order.dry_run and len(saved) == len(hosts.entries):
         facts = tuple(HostFacts(topology=saved[e.host], python=sys.executable, versions={}) for e in hosts.entries)
         return _show_plan(order, config, join(hosts, facts, _imagined(hosts)), environ)
-    with discover.agents(hosts, transport.start) as agents:
-        facts = discover.ask(agents, saved)
-        if order.dry_run:
-            return _show_plan(order, config, join(hosts, facts, _imagined(hosts)), environ)
-        _plan(config, join(hosts, facts, _imagined(hosts)), environ, Opened(), dry_run=True)  # refused early if at all
-        return _Start(order, config, hosts, agents, environ).run(facts)
+    if order.dry_run:
+        with discover.agents(hosts, transport.start) as agents:
+            return _show_plan(order, config, join(hosts, discover.ask(agents, saved), _imagined(hosts)), environ)
+    return _run(order, config, hosts, saved, environ)
+
+
+def _run(
+    order: Order, config: LaunchConfig, hosts: Hostfile, saved: Mapping[str, Topology], environ: Mapping[str, str]
+) -> int:
+    from launcher.console import Console
+    from launcher.series import Series
+
+    console = Console(quiet=order.quiet or order.as_json)
+
+    def attempt(config: LaunchConfig, hosts: Hostfile) -> RunReport:
+        with discover.agents(hosts, transport.start) as agents:
+            return _Start(order, config, hosts, agents, environ, console=console).run(discover.ask(agents, saved))
+
+    report = Series(config, hosts, attempt, console).run()
+    folder.keep_last_report(report)
+    console.conclude(json.dumps(report.to_json()) if order.as_json else render.closing_text(report))
+    return report.exit_code
 
 
 def hosts_of(settings: LaunchSettings) -> Hostfile:
@@ -72,7 +95,9 @@ def hosts_of(settings: LaunchSettings) -> Hostfile:
         hosts = parse_list(settings.hosts)
     else:
         hosts = this_machine()
-    return select(hosts, include=settings.include, exclude=settings.exclude, nnodes=settings.nnodes)
+    return select(
+        hosts, include=settings.include, exclude=settings.exclude, nnodes=settings.nnodes, min_nodes=settings.min_nodes
+    )
 
 
 def _read(path: str) -> str:
@@ -159,27 +184,30 @@ class _Start:
         hosts: Hostfile,
         agents: discover.Agents,
         environ: Mapping[str, str],
+        *,
+        console: Console,
     ) -> None:
+        self._console = console
         self._order = order
         self._config = config
         self._hosts = hosts
         self._agents = agents
         self._environ = environ
 
-    def run(self, facts: tuple[HostFacts, ...]) -> int:
-        """Checks, meets, plans and runs; returns the exit code."""
+    def run(self, facts: tuple[HostFacts, ...]) -> RunReport:
+        """Checks, meets, plans and runs one attempt to its end."""
         # What only a real run needs is not loaded for --help and --dry-run.
-        from launcher.console import Console
         from launcher.record import Record
         from launcher.run import Run
 
-        config, order = self._config, self._order
+        config, order, hosts = self._config, self._order, self._hosts
+        _plan(config, join(hosts, facts, _imagined(hosts)), self._environ, Opened(), dry_run=True)  # refused early
         check_notes = self._check(facts)
         meeting = discover.meet(self._agents, self._hosts)
         cluster = join(self._hosts, facts, meeting)
         planned = _plan(config, cluster, self._environ, self._open(cluster), dry_run=False)
         folder.create(config, planned)
-        console = Console(quiet=order.quiet or order.as_json)
+        console = self._console
         notes = (*_notes(config, cluster, self._environ), *check_notes, *meeting.notes)
         for text in (f"run {planned.site.run_id}: {planned.site.run_dir}", *notes):
             console.say(text)
@@ -188,12 +216,12 @@ class _Start:
         if order.explain:
             console.conclude("\n".join(_explained(config, cluster)))
         with folder.running(planned, self._hosts):
-            report = Run(planned, self._agents, console, Record(planned, notes)).until_done()
+            report = Run(planned, self._agents, console, Record(planned, notes), self._patience()).until_done()
         folder.keep_report(planned, report)
-        if failure := render.failure_text(report):
-            console.complain(failure)
-        console.conclude(json.dumps(report.to_json()) if order.as_json else render.closing_text(report))
-        return report.exit_code
+        return report
+
+    def _patience(self) -> Patience:
+        return Patience(hang_s=self._config.launch.hang_s, emergency_grace_s=self._config.launch.emergency_grace_s)
 
     def _check(self, facts: tuple[HostFacts, ...]) -> tuple[str, ...]:
         program = self._config.program
@@ -201,6 +229,11 @@ class _Start:
         site = folder.site_of(self._config, dry_run=True)
         surveys = discover.survey(self._agents, cwd=site.cwd, script=script, run_dir=site.run_dir)
         hosts = [entry.host for entry in self._hosts.entries]
+        if self._config.resume_step and not surveys[0]["checkpoints"]:
+            raise LaunchError(
+                f"{hosts[0]}: has no checkpoint of this run, the newest known is of step {self._config.resume_step}: "
+                f'"{site.run_dir}/checkpoints"; put --runs-dir where all hosts see it'
+            )
         return checks.judge(hosts, facts, surveys, site.cwd, program)
 
     def _open(self, cluster: Cluster) -> Opened:

@@ -13,7 +13,9 @@ from typing import Any, Final, Literal
 
 import falcon_dist
 from falcon_dist.config import TrainConfig, Value, build, check_known, flatten, keys_of, parse_value
+from falcon_dist.contract import EMERGENCY_GRACE_S
 from launcher.errors import UserError
+from launcher.patience import LEAST_S
 from launcher.redaction import is_secret, redact_value
 
 Backend = Literal["auto", "gloo", "ccl"]
@@ -34,7 +36,15 @@ class LaunchSettings:
     include: str | None = None
     exclude: str | None = None
     nnodes: int | None = None
-    """The first so many hosts; None: all."""
+    """The first so many hosts; None: all. "MIN:MAX" also sets min_nodes."""
+    min_nodes: int | None = None
+    """With fewer hosts than there were a run goes on down to so many, once a host failed twice; None: with all only."""
+    max_restarts: int = 0
+    """How often a run that failed is started again, from its newest checkpoint that verifies."""
+    hang_s: float = LEAST_S
+    """A step is overdue after so many seconds, or five times the usual if that is longer; 0: never."""
+    emergency_grace_s: float = EMERGENCY_GRACE_S
+    """Seconds a surviving rank gets to save the last finished step when another one has failed; 0: none."""
     nproc_per_node: int | None = None
     """Ranks on each node; None (written "auto"): its slots, or one for each ``ranks_per``."""
     ranks_per: Literal["numa_node", "socket"] = "numa_node"
@@ -80,6 +90,8 @@ class LaunchConfig:
     """None: our own training program."""
     resume_from: str | None = None
     """Run folder that is continued; None: a new run."""
+    resume_step: int = 0
+    """Step of the newest checkpoint it is known to have; 0: not known."""
     notes: tuple[str, ...] = ()
     """What the user should be told about how this came to be."""
 
@@ -154,7 +166,7 @@ def _from_flags(flags: Flags) -> dict[str, Value]:
 
 
 def _launch_settings(values: Mapping[str, Value], flags: Flags) -> LaunchSettings:
-    settings = build(LaunchSettings, {**values, **_in_words(values)}, "launch.")
+    settings = build(LaunchSettings, {**values, **_in_words(values), **_range_of_nodes(values)}, "launch.")
     _check_launch(settings, values)
     env = (*settings.env, *_env_file(flags.env_file), *flags.env)
     return dataclasses.replace(settings, env=env)
@@ -169,11 +181,23 @@ def _in_words(values: Mapping[str, Value]) -> dict[str, Value]:
     return {"launch.nproc_per_node": Value(None, given.source), **per}
 
 
+def _range_of_nodes(values: Mapping[str, Value]) -> dict[str, Value]:
+    """What torchrun's ``--nnodes MIN:MAX`` means."""
+    given = values.get("launch.nnodes")
+    if given is None or not isinstance(given.value, str):
+        return {}
+    least, colon, most = given.value.partition(":")
+    if not (colon and least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+        raise UserError(f'{given.source}: must be a number or MIN:MAX: "{given.value}"')
+    return {"launch.nnodes": Value(int(most), given.source), "launch.min_nodes": Value(int(least), given.source)}
+
+
 def _check_launch(settings: LaunchSettings, values: Mapping[str, Value]) -> None:
     if settings.nproc_per_node is not None and settings.nproc_per_node < 1:
         source = values["launch.nproc_per_node"].source
         raise UserError(f'{source}: nproc_per_node must be "auto" or 1 or more: "{settings.nproc_per_node}"')
-    for key, least in (("ncores_per_rank", 1), ("ccl_worker_count", 0)):
+    least_of = {"ncores_per_rank": 1, "ccl_worker_count": 0, "max_restarts": 0, "min_nodes": 1, "hang_s": 0}
+    for key, least in {**least_of, "emergency_grace_s": 0}.items():
         number = getattr(settings, key)
         if number is not None and number < least:
             raise UserError(f'{values[f"launch.{key}"].source}: {key} must be {least} or more: "{number}"')

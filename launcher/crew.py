@@ -8,16 +8,19 @@ import json
 import os
 import signal
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
 from falcon_dist.contract import RankResult
-from launcher import bind, memory, rundir
-from launcher.child import Child, rank_order, task_order
+from launcher import bind, memory, rundir, stacks
+from launcher.child import SIGNALS, Child, Request, rank_order, task_order
 from launcher.errors import LaunchError
 from launcher.plan import RANK_EVENT_FD, RANK_STORE_FD, NodePlan, RankPlan, TaskPlan
 
+STACKS_S: Final = 1.5
+"""How long ranks get to write their stacks."""
 FLOOD_BYTES: Final = 4 << 20
 """More than this unsent: output is left out on the way, never in the files."""
 
@@ -50,6 +53,7 @@ class Crew:
         self._shared = True
         self._told: set[str] = set()
         self._oom_kills = memory.oom_kills()
+        self._stacks_at: float | None = None
         self.sockets: dict[str, socket.socket] = {}
         """Listening sockets by the name a TaskPlan knows them by."""
 
@@ -84,6 +88,22 @@ class Crew:
         for child in self._children.values():
             if child.order.name != "store":
                 child.signal_group(number)
+
+    def ask(self, request: Request, rank: int | None = None) -> None:
+        """Asks one rank, or all of this node, for what it said it can do; stacks are told when there was time."""
+        asked = [c for c in self._children.values() if c.order.name == "rank" and rank in (None, c.order.rank)]
+        for child in asked:
+            child.ask(request)
+        if request == "stacks":
+            self._stacks_at = time.monotonic() + STACKS_S
+
+    def tell_stacks(self) -> None:
+        """Tells where every rank of this node stands, a moment after that was asked."""
+        if self._stacks_at is not None and time.monotonic() >= self._stacks_at:
+            self._stacks_at = None
+            ranks = [c for c in self._children.values() if c.order.name == "rank"]
+            told = [{"rank": c.order.rank, **stacks.standing(c.pid, c.order.folder)} for c in ranks]
+            self._host.emit("stacks", ranks=told)
 
     def end_all(self) -> None:
         """Leaves nothing running."""
@@ -161,7 +181,10 @@ class Crew:
             return
         for line in child.events.read():
             try:
-                self._host.emit("rank", rank=child.order.rank, data=dict(json.loads(line)))
+                data = dict(json.loads(line))
+                if data.get("event") == "takes" and data.get("signal") in SIGNALS:
+                    child.takes.add(data["signal"])
+                self._host.emit("rank", rank=child.order.rank, data=data)
             except (ValueError, TypeError):
                 self.note_once(f"rank {child.order.rank} wrote something that is no event to its event pipe")
         if child.events.ended:

@@ -118,7 +118,7 @@ def answers(channels: Sequence[Channel], event: str, timeout_s: float) -> list[d
                     selector.unregister(key.fileobj)
     silent = {c: f"{c.host}: no answer within {timeout_s:g} s{_said(c)}" for c in channels if c not in found}
     if silent:
-        raise LaunchError("\n".join((silent | faults).values()))
+        raise LaunchError("\n".join((silent | faults).values()), tuple(channel.host for channel in silent | faults))
     return [found[channel] for channel in channels]
 
 

@@ -14,3 +14,8 @@ __all__ = ["LaunchError", "UserError"]
 
 class LaunchError(Exception):
     """A host or an agent did not do its part: shown as its one line, without a traceback, exit code 1."""
+
+    def __init__(self, text: str, hosts: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.hosts = hosts
+        """Hosts at fault, where that is known."""

@@ -28,7 +28,15 @@ TEXT_FLAGS: Final = (
     "cores_list",
 )
 """Settings that are text even where they look like a number."""
-NUMBER_FLAGS: Final = ("nproc_per_node", "nnodes", "ncores_per_rank", "ccl_worker_count", "backend", "memory_allocator")
+NUMBER_FLAGS: Final = (
+    *("max_restarts", "min_nodes"),
+    "nproc_per_node",
+    "nnodes",
+    "ncores_per_rank",
+    "ccl_worker_count",
+    "backend",
+    "memory_allocator",
+)
 SWITCHES: Final = (
     *("--dry-run", "--json", "--quiet", "--use-logical-cores", "--report-bindings", "--explain"),
     *("--version", "--help", "-h"),
@@ -161,7 +169,8 @@ def _host_flags(parser: _Parser) -> None:
     flag("--hosts", also=("-host",), metavar="A,B", help='the same as a list: "a,b:2,node[1-3]"')
     flag("--include", also=("-i",), metavar="A@B:0,1", help="these hosts (or slots of them) only")
     flag("--exclude", also=("-e",), metavar="A@B:0,1", help="all hosts but these")
-    flag("--nnodes", also=("--num-nodes",), metavar="N", help="the first N hosts (default: all)")
+    flag("--nnodes", also=("--num-nodes",), metavar="N|MIN:MAX", help="the first N hosts (default: all)")
+    flag("--min-nodes", metavar="N", help="a run may go on with so few hosts when others fail (default: all)")
 
 
 def _core_flags(parser: _Parser) -> None:
@@ -191,6 +200,7 @@ def _run_flags(parser: _Parser) -> None:
     flag("--env", metavar="NAME[=VALUE]", action="append", default=[], help="a variable for the ranks")
     flag("--env-file", metavar="FILE", help="NAME=VALUE lines for the ranks")
     flag("--resume", metavar="RUN", nargs="?", const="auto", help="go on with a run: its id, its folder, or auto")
+    flag("--max-restarts", metavar="N", help="start again so often after a failure, from the newest checkpoint")
     flag("--run-id", metavar="NAME", help="name of the run's folder (default: from the time)")
     flag("--runs-dir", metavar="DIR", help="where run folders are (default: runs)")
     flag("--topology", metavar="[HOST=]PATH", action="append", default=[], help="a saved topology, not the host's own")

@@ -82,6 +82,11 @@ def keep_report(plan: LaunchPlan, report: RunReport) -> None:
     _write(plan, "report.json", report.to_json())
 
 
+def keep_last_report(report: RunReport) -> None:
+    """Writes how the run ended after all its attempts."""
+    _put(Path(report.run_dir) / "report.json", _text(report.to_json()))
+
+
 def read_report(run: str, runs_dir: str) -> RunReport:
     """The report of a run given by its folder or its id.
 
@@ -115,7 +120,11 @@ def _write(plan: LaunchPlan, name: str, values: dict[str, Any], *, keep_first: b
     for folder in (plan.site.attempt_dir, plan.site.run_dir):
         if keep_first and folder == plan.site.run_dir and (Path(folder) / name).exists():
             continue
-        partial = Path(folder) / f"{name}.partial"
-        partial.write_text(text)
-        partial.chmod(0o600)
-        partial.rename(Path(folder) / name)
+        _put(Path(folder) / name, text)
+
+
+def _put(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.chmod(0o600)
+    partial.rename(path)

@@ -12,7 +12,9 @@ from launcher.hostnames import expand
 SYNTAX: Final = "NAME@NAME or NAME:SLOT,SLOT@NAME"
 
 
-def select(hosts: Hostfile, *, include: str | None, exclude: str | None, nnodes: int | None) -> Hostfile:
+def select(
+    hosts: Hostfile, *, include: str | None, exclude: str | None, nnodes: int | None, min_nodes: int | None = None
+) -> Hostfile:
     """The hosts that are left, in the hostfile's order.
 
     Raises:
@@ -25,8 +27,10 @@ def select(hosts: Hostfile, *, include: str | None, exclude: str | None, nnodes:
         entries = _included(hosts, include)
     if exclude is not None:
         entries = _excluded(hosts, exclude)
+    if min_nodes is not None and min_nodes > len(entries):
+        raise UserError(f'--min-nodes: there are {len(entries)} hosts: "{min_nodes}"; name more, or ask for fewer')
     if nnodes is not None:
-        entries = _first(entries, nnodes)
+        entries = _first(entries, nnodes if min_nodes is None else min(nnodes, len(entries)))
     return dataclasses.replace(hosts, entries=entries)
 
 

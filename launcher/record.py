@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from falcon_dist.contract import RankResult
+from launcher.events import Cause, Ended
 from launcher.plan import LaunchPlan, RankPlan
 from launcher.report import RankOutcome, RunReport, outcome_of
-from launcher.supervise import Cause, Ended
 
 PEER_IS_GONE: Final = (
     *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe"),
@@ -46,7 +46,10 @@ class Record:
         self.summary: tuple[str, ...] = ()
         self.prepare_tail: tuple[str, ...] = ()
         self.checkpoint: str | None = None
+        self.checkpoint_step = 0
+        self.first_step: int | None = None
         self.last_step = 0
+        self.step_s: float | None = None
         self.apart: set[int] = set()
         """Nodes that do not see this run folder."""
 
@@ -57,6 +60,21 @@ class Record:
     def stepped(self, rank: int, step: int) -> None:
         """A rank has finished a step."""
         self._heard[rank].last_step = step
+        self.first_step = step if self.first_step is None else min(step, self.first_step)
+        self.last_step = max(step, self.last_step)
+
+    def last_step_of(self, rank: int) -> int:
+        """The last step a rank has finished in this attempt; 0: none."""
+        return self._heard[rank].last_step
+
+    def committed(self, path: str, step: int) -> None:
+        """A checkpoint is whole; an older one that is told late changes nothing."""
+        if step >= self.checkpoint_step:
+            self.checkpoint, self.checkpoint_step = path, step
+
+    def is_found_again(self, node_rank: int) -> bool:
+        """Whether what this node writes into the run folder is there for node 0 of the next attempt."""
+        return node_rank == 0 or not self.apart & {0, node_rank}
 
     def note(self, text: str) -> None:
         """Something the reader of the report should know."""
@@ -112,7 +130,10 @@ class Record:
             prepare_tail=self.prepare_tail,
             summary=self.summary,
             checkpoint=self.checkpoint,
+            checkpoint_step=self.checkpoint_step,
+            first_step=self.first_step,
             last_step=self.last_step,
+            step_s=self.step_s,
         )
 
     def _timings(self, now_s: float) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from falcon_dist.contract import EXIT_USER_ERROR
+from falcon_dist.contract import EXIT_USER_ERROR, STACKS_FILE
 from launcher.network import NOT_PROBED
 from launcher.plan import LaunchPlan, NodePlan, RankPlan
 from launcher.redaction import redact
@@ -150,8 +150,9 @@ def _cause_lines(report: RunReport) -> list[str]:
         where = f" on {cause.text}" if cause.text else ""
         code = cause.exit_code
         return [f"preparing failed{where}: exit code {code}", *_indented(report.prepare_tail, code)]
-    if rank is None:
-        return [cause.text]
+    if rank is None or cause.kind == "hang":
+        stacks = f"  stacks: {report.run_dir}/attempt_{report.attempt}/rank_*/{STACKS_FILE}"
+        return [cause.text, *([stacks] if cause.kind == "hang" else [])]
     seat = f"rank {rank.rank} (local_rank {rank.local_rank}, host {rank.host})"
     if cause.kind == "binding":
         return [f"{seat} is not bound as planned: {cause.text}"]
@@ -163,6 +164,7 @@ def _circumstances(rank: RankOutcome) -> str:
     """ "SIGKILL, cgroup oom_kill +1, peak memory 61.0 GiB, last step 412"."""
     parts = [how_ended(rank)]
     if rank.oom_kills:
+        parts = [f"out of memory, {how_ended(rank)}"]
         parts += [f"cgroup oom_kill +{rank.oom_kills}", f"peak memory {rank.rss_bytes / (1 << 30):.1f} GiB"]
     return ", ".join([*parts, *([f"last step {rank.last_step}"] if rank.last_step else [])])
 
@@ -198,10 +200,30 @@ def closing_text(report: RunReport) -> str:
     lines = [*report.summary, f"{_outcome_line(report)}"]
     if report.timings_s:
         lines.append("time: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.timings_s.items()))
+    lines += _attempt_lines(report)
     lines += _binding_lines(report.ranks)
     if report.checkpoint and not any(report.checkpoint in line for line in report.summary):
         lines.append(f"checkpoint: {report.checkpoint}")
     return "\n".join([*lines, f"run folder: {report.run_dir}"])
+
+
+def _attempt_lines(report: RunReport) -> list[str]:
+    """All attempts and where their time went, where there was more than one."""
+    if len(report.attempts) < 2:
+        return []
+    head = ("attempt", "outcome", "steps", "checkpoint", "steps lost", "seconds", "cause")
+    rows = [
+        (
+            *(str(a.attempt), a.outcome, f"{a.first_step}-{a.last_step}" if a.first_step else "-"),
+            *(str(a.checkpoint_step or "-"), str(a.steps_lost), f"{a.seconds:.1f}", a.cause),
+        )
+        for a in report.attempts
+    ]
+    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.ledger_s.items())
+    goodput = (
+        [] if report.goodput is None else [f"goodput: {100 * report.goodput:.1f}% of the time went into kept steps"]
+    )
+    return [table(head, rows), f"all attempts: {spent}", *goodput]
 
 
 def _outcome_line(report: RunReport) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from falcon_dist.contract import RankResult
-from launcher.supervise import Cause
+from launcher.events import Cause
 
 Outcome = Literal["ok", "failed", "interrupted"]
 
@@ -52,8 +52,28 @@ class RankOutcome:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptLine:
+    """One attempt among those of its run."""
+
+    attempt: int
+    outcome: Outcome
+    exit_code: int
+    cause: str
+    """In one line; empty: it ended well."""
+    hosts: tuple[str, ...]
+    first_step: int | None
+    """None: it did none."""
+    last_step: int
+    checkpoint_step: int
+    """Step of the newest checkpoint it committed; 0: none."""
+    steps_lost: int
+    """Steps it finished that had to be done again."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunReport:
-    """One attempt."""
+    """How a run ended: its last attempt in full, the others in a line each."""
 
     run_id: str
     attempt: int
@@ -72,8 +92,19 @@ class RunReport:
     summary: tuple[str, ...] = ()
     """Rank 0's closing lines."""
     checkpoint: str | None = None
-    """Newest committed checkpoint."""
+    """Newest checkpoint committed in this attempt."""
+    checkpoint_step: int = 0
+    first_step: int | None = None
     last_step: int = 0
+    step_s: float | None = None
+    """Seconds of a usual step; None: not known."""
+    attempts: tuple[AttemptLine, ...] = ()
+    ledger_s: Mapping[str, float] = field(default_factory=dict)
+    """Where the time of all attempts went."""
+    goodput: float | None = None
+    """Usual seconds of the steps that were kept, over all the time that passed."""
+    ended_because: str = ""
+    """Why no further attempt was made; empty: none was allowed or needed."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -89,7 +120,8 @@ class RunReport:
         cause = Cause(**values["cause"]) if values["cause"] else None
         ranks = tuple(_rank(r) for r in values["ranks"])
         texts = {k: tuple(values[k]) for k in ("notes", "prepare_tail", "summary")}
-        return cls(**{**values, **texts, "cause": cause, "ranks": ranks})
+        attempts = tuple(AttemptLine(**{**a, "hosts": tuple(a["hosts"])}) for a in values.get("attempts", ()))
+        return cls(**{**values, **texts, "cause": cause, "ranks": ranks, "attempts": attempts})
 
     @property
     def failed_rank(self) -> RankOutcome | None:

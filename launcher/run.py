@@ -6,22 +6,45 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final
 
+from falcon_dist.contract import STACKS_FILE
 from launcher import bind, mirror, supervise
 from launcher.console import Console
 from launcher.discover import Agents
 from launcher.errors import LaunchError
+from launcher.events import (
+    Action,
+    AskSave,
+    AskStacks,
+    CanSave,
+    Ended,
+    Event,
+    Exited,
+    Faulted,
+    Interrupted,
+    Lost,
+    Mismatched,
+    Prepared,
+    Saved,
+    SetTimer,
+    SignalAll,
+    Stalled,
+    StartRanks,
+    TimeUp,
+    Traced,
+)
+from launcher.interrupts import stopping_signals
+from launcher.patience import Patience
 from launcher.plan import LaunchPlan
 from launcher.record import Record
 from launcher.render import output_line, signal_name
 from launcher.report import RunReport
-from launcher.supervise import Ended, Exited, Faulted, Interrupted, Lost, Mismatched, Prepared, TimeUp
+from launcher.standing import Stand, accuse
+from launcher.watch import Watch
 from launcher.wire import BEAT_S, SILENCE_S
 
-STOPPING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CLOSE_S: Final = 2.0
 """How long the way to an agent that has ended may take to close."""
 
@@ -29,7 +52,10 @@ CLOSE_S: Final = 2.0
 class Run:
     """One attempt in progress."""
 
-    def __init__(self, plan: LaunchPlan, agents: Agents, console: Console, record: Record) -> None:
+    def __init__(
+        self, plan: LaunchPlan, agents: Agents, console: Console, record: Record, patience: Patience | None = None
+    ) -> None:
+        patience = patience or Patience()
         self._plan = plan
         self._channels = dict(enumerate(agents.channels))
         self._living = dict(self._channels)
@@ -39,12 +65,15 @@ class Run:
         self._beat_at = 0.0
         self._flushing: set[int] = set()
         self._selector = selectors.DefaultSelector()
-        self._state = supervise.begin(tuple(n.node_rank for n in plan.nodes for _ in n.ranks))
+        self._watch = Watch(patience.hang_s)
+        self._stands: dict[int, Stand] = {}
+        seats = tuple(n.node_rank for n in plan.nodes for _ in n.ranks)
+        self._state = supervise.begin(seats, patience.emergency_grace_s)
 
     def until_done(self) -> RunReport:
         """Runs the attempt to its end, whatever that is; signals to this process stop it in good order."""
         bind.adopt_orphans()
-        with _signals() as woken_by:
+        with stopping_signals() as woken_by:
             self._listen(woken_by, lambda: self._on_signal(woken_by))
             for node_rank, channel in self._channels.items():
                 channel.heard_at = time.monotonic()
@@ -58,6 +87,7 @@ class Run:
         bind.end_orphans(keep={channel.pid for channel in self._channels.values()})
         self._selector.close()
         self._console.end_progress()
+        self._record.step_s = self._watch.median_s
         return self._record.report(self._state.cause, time.monotonic())
 
     def _turn(self) -> None:
@@ -68,9 +98,11 @@ class Run:
         for key, _ in self._selector.select(max(0.0, until - now)):
             key.data()
         self._look_for_silence()
+        if text := self._watch.overdue(time.monotonic()):
+            self._happened(Stalled(text=text))
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
-            self._happened(TimeUp())
+            self._happened(self._traced() if self._state.phase == "tracing" else TimeUp())
 
     def _beat(self) -> None:
         """Tells every agent that this launcher lives; an agent that hears nothing ends its ranks."""
@@ -99,19 +131,26 @@ class Run:
     def _listen_to_agent(self, node_rank: int) -> None:
         self._listen(self._channels[node_rank].fileno(), lambda: self._on_agent(node_rank))
 
-    def _happened(self, event: supervise.Event) -> None:
+    def _happened(self, event: Event) -> None:
         self._state, actions = supervise.decide(self._state, event)
         for action in actions:
             self._perform(action)
 
-    def _perform(self, action: supervise.Action) -> None:
+    def _perform(self, action: Action) -> None:
         match action:
-            case supervise.StartRanks():
+            case StartRanks():
                 self._record.enter("start", time.monotonic())
                 self._send_all("start")
-            case supervise.SignalAll(signal=number):
+            case SignalAll(signal=number):
+                self._record.enter("stop", time.monotonic())
                 self._send_all("signal", number=number)
-            case supervise.SetTimer(seconds=seconds):
+            case AskStacks():
+                self._send_all("ask", request="stacks")
+            case AskSave(rank=rank):
+                self._record.enter("emergency save", time.monotonic())
+                self._console.say(f"rank {rank} is asked to save the last finished step")
+                self._channels[self._state.nodes_of[rank]].send("ask", request="save", rank=rank)
+            case SetTimer(seconds=seconds):
                 self._deadline = time.monotonic() + seconds
 
     def _send_all(self, command: str, **values: Any) -> None:
@@ -163,6 +202,8 @@ class Run:
                 self._on_prepared(node_rank, Ended(code=code, signal=number), tuple(event.get("tail", ())))
             case {"event": "apart"}:
                 self._record.apart.add(node_rank)
+            case {"event": "stacks", "ranks": list(ranks)}:
+                self._on_stacks(node_rank, ranks)
             case {"event": "note", "text": text}:
                 text = self._named(node_rank, text)
                 self._record.note(text)
@@ -185,6 +226,7 @@ class Run:
     def _on_exit(self, node_rank: int, rank: int, event: dict[str, Any]) -> None:
         if node_rank in self._record.apart:
             mirror.keep(self._record.plan_of(rank).rank_dir, event["files"])
+        self._watch.ended(rank)
         ended = self._record.exited(rank, event)
         self._happened(Exited(rank=rank, ended=ended, echo=self._record.is_echo(rank)))
 
@@ -194,11 +236,36 @@ class Run:
         where = self._channels[node_rank].host if len(self._channels) > 1 else ""
         self._happened(Prepared(node_rank=node_rank, ended=ended, text=where))
 
+    def _on_stacks(self, node_rank: int, ranks: list[dict[str, str]]) -> None:
+        host = self._channels[node_rank].host
+        for told in ranks:
+            rank = int(told["rank"])
+            step = self._record.last_step_of(rank)
+            self._stands[rank] = Stand(rank=rank, host=host, last_step=step, state=told["state"], stacks=told["stacks"])
+            if node_rank in self._record.apart and told["stacks"]:
+                mirror.keep(self._record.plan_of(rank).rank_dir, {STACKS_FILE: told["stacks"]})
+        if self._state.alive <= set(self._stands):
+            self._happened(self._traced())
+
+    def _traced(self) -> Traced:
+        rank, text = accuse(self._stands)
+        return Traced(rank=rank, text=text)
+
     def _on_rank_event(self, rank: int, data: dict[str, Any]) -> None:
-        if data.get("event") == "bound":
-            self._check(rank, self._record.bound(rank, data))
-        if data.get("event") == "step" and isinstance(data.get("step"), int):
-            self._record.stepped(rank, data["step"])
+        match data:
+            case {"event": "bound"}:
+                self._check(rank, self._record.bound(rank, data))
+            case {"event": "phase", "name": str(name)}:
+                self._watch.entered(rank, name, time.monotonic())
+            case {"event": "step", "step": int(step)}:
+                self._watch.stepped(rank, time.monotonic())
+                self._record.stepped(rank, step)
+            case {"event": "takes", "signal": "save"} if self._record.is_found_again(self._state.nodes_of[rank]):
+                self._happened(CanSave(rank=rank))
+            case {"event": "checkpoint", "path": path, "step": int(step)}:
+                self._record.committed(str(path), step)
+                if data.get("emergency"):
+                    self._happened(Saved(rank=rank))
         if rank == 0:
             self._on_main_event(data)
 
@@ -208,30 +275,11 @@ class Run:
                 self._record.enter(name, time.monotonic())
             case {"event": "line", "text": text}:
                 self._console.say(str(text))
-            case {"event": "step", "step": int(step)}:
-                self._record.last_step = step
+            case {"event": "step", "step": int()}:
                 self._console.step(data)
-            case {"event": "checkpoint", "path": path}:
-                self._record.checkpoint = str(path)
             case {"event": "summary", "lines": list(lines)}:
                 self._record.summary = tuple(map(str, lines))
 
     def _check(self, rank: int, difference: str | None) -> None:
         if difference is not None:
             self._happened(Mismatched(rank=rank, text=difference))
-
-
-@contextmanager
-def _signals() -> Iterator[int]:
-    """A descriptor on which signals that ask the launcher to stop arrive by their numbers."""
-    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    before = {number: signal.signal(number, lambda *_: None) for number in (*STOPPING_SIGNALS, signal.SIGTSTP)}
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield reader
-    finally:
-        signal.set_wakeup_fd(-1)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(reader)
-        os.close(writer)

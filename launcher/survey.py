@@ -27,6 +27,7 @@ def take(cwd: str, script: str | None, run_dir: str) -> dict[str, Any]:
         "disk_bytes": _free_bytes(place),
         "writable": os.access(place, os.W_OK | os.X_OK),
         "place": str(place),
+        "checkpoints": sum(path.is_dir() for path in Path(run_dir, "checkpoints").glob("step-*")),
     }
 
 

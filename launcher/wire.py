@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 CHUNK_BYTES: Final = 1 << 16
-BEAT_S: Final = 2.0
+BEAT_S: Final = 1.0
 """How often launcher and agent tell each other that they live."""
 SILENCE_S: Final = 10.0
 """After so long without a word the other end counts as dead."""

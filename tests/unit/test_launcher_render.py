@@ -2,8 +2,8 @@ import json
 
 from falcon_dist.contract import RankResult
 from launcher import render
+from launcher.events import Cause
 from launcher.report import RankOutcome, RunReport
-from launcher.supervise import Cause
 
 STEP = {
     "step": 20,

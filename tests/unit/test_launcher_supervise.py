@@ -1,8 +1,12 @@
-import itertools
-
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from launcher.supervise import (
+from launcher.events import (
+    AskSave,
+    AskStacks,
+    CanSave,
     Ended,
     Exited,
     Faulted,
@@ -10,16 +14,17 @@ from launcher.supervise import (
     Lost,
     Mismatched,
     Prepared,
-    RunState,
+    Saved,
     SetTimer,
     SignalAll,
+    Stalled,
     StartRanks,
     TimeUp,
-    begin,
-    decide,
+    Traced,
 )
+from launcher.supervise import begin, decide
 
-OK, BAD, KILLED = Ended(code=0), Ended(code=3), Ended(signal=9)
+OK, BAD, KILLED, REFUSED = Ended(code=0), Ended(code=7), Ended(signal=9), Ended(code=2)
 TERM, KILL = SignalAll(signal=15), SignalAll(signal=9)
 
 
@@ -57,7 +62,7 @@ def test_a_rank_that_ends_well_leaves_the_others_alone():
     assert (state.phase, done) == ("running", [StartRanks()])
 
 
-@pytest.mark.parametrize(("ended", "code"), [(BAD, 3), (KILLED, 137), (Ended(signal=15), 143)])
+@pytest.mark.parametrize(("ended", "code"), [(BAD, 7), (KILLED, 137), (Ended(signal=15), 143)])
 def test_the_first_failure_is_the_cause(ended, code):
     state, done = play(*ready(), exited(1, ended), exited(0, Ended(signal=15)))
     assert (state.phase, state.cause.rank, state.cause.exit_code) == ("done", 1, code)
@@ -83,12 +88,12 @@ def test_an_interrupt_gives_longer_and_a_second_one_none(number):
 
 def test_an_interrupt_after_a_failure_hurries_but_is_not_the_cause():
     state, done = play(*ready(), exited(0, BAD), Interrupted(signal=2))
-    assert (state.cause.exit_code, done[-2]) == (3, KILL)
+    assert (state.cause.exit_code, done[-2]) == (7, KILL)
 
 
 def test_a_failed_preparation_starts_nothing():
     state, done = play(Prepared(node_rank=0, ended=BAD))
-    assert (state.phase, state.cause.kind, state.cause.exit_code, done) == ("done", "prepare", 3, [])
+    assert (state.phase, state.cause.kind, state.cause.exit_code, done) == ("done", "prepare", 7, [])
 
 
 def test_a_failed_preparation_stops_those_of_other_nodes():
@@ -119,28 +124,161 @@ def test_what_must_not_go_on(event):
 
 EVENTS = [
     *ready(0, 1),
-    *(exited(r, e) for r in (0, 1) for e in (OK, BAD)),
+    *(exited(r, e) for r in (0, 1) for e in (OK, BAD, REFUSED)),
+    Exited(rank=0, ended=BAD, echo=True),
     Mismatched(rank=0, text="m"),
     Faulted(node_rank=1, text="f"),
-    Lost(node_rank=0, text="l"),
+    *(Lost(node_rank=n, text="l") for n in (0, 1)),
+    *(CanSave(rank=r) for r in (0, 1)),
+    *(Saved(rank=r) for r in (0, 1)),
+    Stalled(text="s"),
+    Traced(rank=1, text="t"),
+    Traced(rank=None),
     Interrupted(signal=2),
     TimeUp(),
 ]
+ORDER = ["preparing", "running", "tracing", "saving", "stopping", "killing", "done"]
 
 
-@pytest.mark.parametrize("first", EVENTS)
-def test_any_four_events_keep_the_rules(first):
-    for events in itertools.product(EVENTS, repeat=3):
-        state, seen = begin((0, 1)), []
-        for event in (first, *events):
-            before: RunState = state
-            state, actions = decide(state, event)
-            seen += actions
-            assert before.cause is None or state.cause == before.cause  # the first cause stays
-            assert state.alive <= before.alive or StartRanks() in actions
-        assert seen.count(StartRanks()) <= 1
-        assert StartRanks() not in seen[seen.index(TERM) :] if TERM in seen else True
-        assert state.cause is not None or KILL not in seen
+def every_state():
+    """Every state that two ranks on two nodes can come to, and every event in it."""
+    waiting = [begin((0, 1))]
+    seen = set(waiting)
+    while waiting:
+        state = waiting.pop()
+        for event in EVENTS:
+            after, actions = decide(state, event)
+            yield state, event, after, actions
+            if after not in seen:
+                seen.add(after)
+                waiting.append(after)
+
+
+def check_step(before, event, after, actions):
+    """What holds whatever happens."""
+    assert ORDER.index(after.phase) >= ORDER.index(before.phase)
+    assert after.alive <= before.alive or StartRanks() in actions
+    assert after.preparing <= before.preparing
+    assert before.cause is None or after.cause is not None
+    if StartRanks() in actions:
+        assert (before.phase, after.phase, before.cause) == ("preparing", "running", None)
+    if TERM in actions or KILL in actions or any(isinstance(a, AskSave) for a in actions):
+        assert after.cause is not None
+        assert isinstance(actions[-1], SetTimer)  # nobody waits for ever
+    for action in actions:
+        if isinstance(action, AskSave):
+            assert action.rank in after.alive & after.can_save
+            assert after.cause.exit_code not in (2, 3) or after.cause.kind != "rank"
+            assert after.cause.kind in ("rank", "lost", "hang")
+    if after.phase == "saving":
+        assert after.writer in after.alive
+    if before.phase == "done":
+        assert (after.phase, actions) == ("done", ())
+
+
+def test_every_event_in_every_state_keeps_the_rules():
+    count = 0
+    for before, event, after, actions in every_state():
+        check_step(before, event, after, actions)
+        count += 1
+    assert count > 5_000
+
+
+def test_from_every_state_time_alone_ends_what_has_a_cause():
+    for _, _, state, _ in every_state():
+        if state.cause is None:
+            continue
+        later = state
+        for _ in range(6):
+            later, _ = decide(later, TimeUp())
+        assert later.phase == "done"
+
+
+class Attempts(RuleBasedStateMachine):
+    """Any number of ranks and nodes; what happens is what can happen to those that are still there."""
+
+    @initialize(nodes=st.lists(st.integers(0, 3), min_size=1, max_size=6).map(sorted))
+    def start(self, nodes):
+        self.nodes = nodes
+        self.state = begin(tuple(nodes))
+        self.starts = 0
+        self.timed = False
+
+    def happen(self, event):
+        before = self.state
+        self.state, actions = decide(before, event)
+        check_step(before, event, self.state, actions)
+        self.starts += actions.count(StartRanks())
+        self.timed = any(isinstance(a, SetTimer) for a in actions) or (self.timed and not isinstance(event, TimeUp))
+        assert self.starts <= 1
+
+    @precondition(lambda self: self.state.preparing)
+    @rule(data=st.data(), ended=st.sampled_from([OK, OK, OK, BAD, KILLED]))
+    def prepared(self, data, ended):
+        self.happen(Prepared(node_rank=data.draw(st.sampled_from(sorted(self.state.preparing))), ended=ended))
+
+    @precondition(lambda self: self.state.alive)
+    @rule(data=st.data(), ended=st.sampled_from([OK, BAD, KILLED, REFUSED]), echo=st.booleans())
+    def exits(self, data, ended, echo):
+        self.happen(Exited(rank=data.draw(st.sampled_from(sorted(self.state.alive))), ended=ended, echo=echo))
+
+    @precondition(lambda self: self.state.alive)
+    @rule(data=st.data(), kind=st.sampled_from([CanSave, Saved]))
+    def says(self, data, kind):
+        self.happen(kind(rank=data.draw(st.sampled_from(sorted(self.state.alive)))))
+
+    @rule(data=st.data(), kind=st.sampled_from([Lost, Faulted]))
+    def fails(self, data, kind):
+        self.happen(kind(node_rank=data.draw(st.sampled_from(self.nodes)), text="x"))
+
+    @rule(event=st.sampled_from([Stalled(text="s"), Traced(rank=None), Interrupted(signal=15)]))
+    def other(self, event):
+        self.happen(event)
+
+    @precondition(lambda self: self.timed)
+    @rule()
+    def time_up(self):
+        self.happen(TimeUp())
+
+    @invariant()
+    def somebody_is_waited_for(self):
+        if hasattr(self, "state") and self.state.phase != "done":
+            assert self.state.alive or self.state.preparing or self.timed
+
+
+TestAttempts = Attempts.TestCase
+TestAttempts.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
+
+
+def test_a_survivor_saves_before_all_stop():
+    events = [*ready(), CanSave(rank=0), CanSave(rank=1), exited(1, KILLED)]
+    state, done = play(*events)
+    assert (state.phase, done[1:]) == ("saving", [AskSave(rank=0), SetTimer(seconds=60.0)])
+    state, done = play(*events, Saved(rank=0))
+    assert (state.phase, done[-2:]) == ("stopping", [TERM, SetTimer(seconds=3.0)])
+    assert play(*events, TimeUp())[0].phase == "stopping"
+    assert play(*events, Interrupted(signal=2))[0].phase == "stopping"
+
+
+def test_when_the_writer_ends_another_survivor_takes_over():
+    state, done = play(
+        *ready(), *(CanSave(rank=r) for r in range(3)), exited(1, KILLED), exited(0, BAD), nodes_of=(0,) * 3
+    )
+    assert (state.phase, state.writer, done[-2]) == ("saving", 2, AskSave(rank=2))
+
+
+@pytest.mark.parametrize("ended", [REFUSED, Ended(code=3)])
+def test_nothing_is_saved_of_what_was_refused_or_cannot_be_trusted(ended):
+    state, _ = play(*ready(), CanSave(rank=0), exited(1, ended))
+    assert state.phase == "stopping"
+
+
+def test_a_hang_is_traced_then_saved_by_another_than_the_one_that_hangs():
+    state, done = play(*ready(), CanSave(rank=0), CanSave(rank=1), Stalled(text="no step"))
+    assert (state.phase, done[1:]) == ("tracing", [AskStacks(), SetTimer(seconds=5.0)])
+    state, actions = decide(state, Traced(rank=0, text="rank 0 is stopped"))
+    assert (state.cause.kind, state.cause.rank, state.cause.text) == ("hang", 0, "no step; rank 0 is stopped")
+    assert actions[0] == AskSave(rank=1)
 
 
 def test_a_peers_reset_is_not_the_cause_when_the_dead_one_is_heard_later():

@@ -1,0 +1,111 @@
+"""Whether a run that ended before its time is started again, when, and on which hosts. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from falcon_dist.contract import EXIT_UNSOUND, EXIT_USER_ERROR
+from launcher.events import Cause
+
+MOST_IN_VAIN: Final = 3
+"""Restarts without a new checkpoint after which no further one is made."""
+FAULTS_OF_A_HOST: Final = 2
+"""A host that failed so often is left out, where enough others are left."""
+FIRST_DELAY_S: Final = 1.0
+LONGEST_DELAY_S: Final = 60.0
+SIGILL: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """What the user allows."""
+
+    max_restarts: int = 0
+    min_nodes: int | None = None
+    """The run may go on with so many hosts; None: with all of them only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Past:
+    """One attempt that is over."""
+
+    cause: Cause | None
+    """None: it ended well."""
+    hosts: tuple[str, ...]
+    """Hosts it ran on."""
+    failed_host: str | None = None
+    """The host at fault: it was lost or could not do its part, or a rank there died of a signal."""
+    checkpoint_step: int = 0
+    """Step of the run's newest checkpoint when it ended."""
+    out_of_memory: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stop:
+    """No further attempt."""
+
+    why: str = ""
+    """For a person; empty: nothing was to be decided."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Again:
+    """A further attempt."""
+
+    delay_s: float
+    hosts: tuple[str, ...]
+    without: tuple[str, ...] = ()
+    """Hosts that are left out from now on."""
+
+
+def after(past: Sequence[Past], policy: Policy) -> Stop | Again:
+    """What follows the last of these attempts."""
+    last = past[-1]
+    if last.cause is None or last.cause.kind == "interrupt" or not policy.max_restarts:
+        return Stop()
+    if refusal := _refusal(last, last.cause):
+        return Stop(why=f"not started again: {refusal}")
+    if len(past) > policy.max_restarts:
+        return Stop(why=f"not started again: {policy.max_restarts} restarts were allowed (--max-restarts)")
+    in_vain = _restarts_in_vain(past)
+    if in_vain >= MOST_IN_VAIN:
+        return Stop(why=f"not started again: {in_vain} restarts in a row brought no new checkpoint")
+    hosts = _hosts(past, policy)
+    without = tuple(h for h in last.hosts if h not in hosts)
+    return Again(delay_s=min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**in_vain), hosts=hosts, without=without)
+
+
+def _refusal(last: Past, cause: Cause) -> str | None:
+    """Why the very same start would end the same way, or None."""
+    if last.out_of_memory:
+        return "it would run out of memory again; lower loop.micro_batch or data.max_length, or use more hosts"
+    if cause.kind == "binding":
+        return "it would be bound otherwise than planned again"
+    if cause.exit_code == EXIT_USER_ERROR and cause.kind in ("rank", "prepare", "start"):
+        return "what was given cannot be used"
+    if cause.kind == "rank" and cause.exit_code == EXIT_UNSOUND:
+        return "its numbers cannot be trusted"
+    if cause.kind == "rank" and cause.exit_code == 128 + SIGILL:
+        return "the processor lacks an instruction that the program uses"
+    return None
+
+
+def _restarts_in_vain(past: Sequence[Past]) -> int:
+    """Restarts since the last one that brought a newer checkpoint than there was."""
+    count = 0
+    for before, now in zip(reversed(past[:-1]), reversed(past[1:]), strict=True):
+        if now.checkpoint_step > before.checkpoint_step:
+            break
+        count += 1
+    return count
+
+
+def _hosts(past: Sequence[Past], policy: Policy) -> tuple[str, ...]:
+    """The hosts of the last attempt without those that failed too often, where enough are left."""
+    hosts = past[-1].hosts
+    faults = Counter(one.failed_host for one in past)
+    kept = tuple(host for host in hosts if faults[host] < FAULTS_OF_A_HOST)
+    return kept if policy.min_nodes is not None and len(kept) >= max(1, policy.min_nodes) else hosts

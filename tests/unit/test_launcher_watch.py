@@ -1,0 +1,113 @@
+from pathlib import Path
+
+from launcher.standing import Stand, accuse
+from launcher.watch import Watch
+
+BACKWARD = """Current thread 0x00007f5d5fc4db80 (most recent call first):
+  File "/x/torch/autograd/graph.py", line 979 in _engine_run_backward
+  File "/x/torch/_tensor.py", line 623 in backward
+  File "<frozen runpy>", line 88 in _run_code
+"""
+ELSEWHERE = """Thread 0x00007f5d2a4116c0 (most recent call first):
+  File "/x/threading.py", line 327 in wait
+
+Current thread 0x00007f5d5fc4db80 (most recent call first):
+  File "/x/falcon_dist/rows.py", line 71 in batch
+  File "<frozen runpy>", line 88 in _run_code
+"""
+
+
+def training(*seconds, least_s=60.0):
+    """Two ranks whose steps took so long; and the time when the last one was done."""
+    watch, now = Watch(least_s), 100.0
+    for rank in (0, 1):
+        watch.entered(rank, "train", now)
+    for taken in (0.0, *seconds):
+        now += taken
+        for rank in (0, 1):
+            watch.stepped(rank, now)
+    return watch, now
+
+
+def test_a_step_is_overdue_after_a_minute_or_five_usual_steps():
+    watch, now = training(2.0, 2.0, 2.0)
+    assert watch.overdue(now + 60) is None
+    assert watch.overdue(now + 61) == "no rank has finished a step for 61 s (2.0 s is usual)"
+    watch, now = training(30.0, 30.0, 90.0)
+    assert watch.overdue(now + 150) is None
+    assert watch.overdue(now + 151)
+
+
+def test_one_slow_rank_is_no_hang_as_long_as_another_steps():
+    watch, now = training(1.0)
+    watch.stepped(1, now + 100)
+    assert watch.overdue(now + 101) is None
+
+
+def test_nothing_is_due_while_a_rank_loads_saves_or_evaluates():
+    watch, now = training(1.0)
+    watch.entered(0, "save", now + 1)
+    assert watch.overdue(now + 10_000) is None
+    watch.entered(0, "train", now + 10_000)
+    assert watch.overdue(now + 10_059) is None
+    assert watch.overdue(now + 10_061)
+
+
+def test_a_save_between_two_steps_does_not_count_as_a_step():
+    watch, now = training(1.0, 1.0)
+    for at, phase in ((1.0, "save"), (500.0, "train")):
+        watch.entered(0, phase, now + at)
+    watch.stepped(0, now + 501)
+    assert watch.median_s == 1.0
+
+
+def test_the_first_step_has_half_an_hour_and_ranks_without_phases_for_ever():
+    watch = Watch()
+    watch.entered(0, "train", 0.0)
+    assert watch.overdue(1_799) is None
+    assert watch.overdue(1_801)
+    silent = Watch()
+    silent.stepped(0, 1.0)
+    assert silent.overdue(1e6) is None
+    assert Watch(0.0).overdue(1e6) is None
+
+
+def test_ranks_that_ended_are_not_waited_for():
+    watch, now = training(1.0)
+    watch.ended(0)
+    watch.ended(1)
+    assert watch.overdue(now + 1e6) is None
+
+
+def stand(rank, *, state="S", stacks=BACKWARD, step=5):
+    return Stand(rank=rank, host=f"node{rank}", last_step=step, state=state, stacks=stacks)
+
+
+def accused(*stands):
+    return accuse({s.rank: s for s in stands})
+
+
+def test_a_stopped_rank_is_accused_before_one_that_is_behind():
+    assert accused(stand(0, state="T"), stand(1, step=4)) == (
+        0,
+        "rank 0 (host node0) is stopped (by a signal or a debugger)",
+    )
+    assert accused(stand(0), stand(1, step=4))[0] == 1
+
+
+def test_the_one_that_does_not_wait_for_its_peers_is_accused():
+    assert accused(stand(0), stand(1, stacks=ELSEWHERE), stand(2)) == (
+        1,
+        "rank 1 (host node1) stands in batch (rows.py:71)",
+    )
+
+
+def test_nobody_is_accused_where_all_stand_alike():
+    assert accused(stand(0), stand(1)) == (None, "")
+    assert accused(stand(0, stacks=ELSEWHERE), stand(1, stacks=ELSEWHERE)) == (None, "")
+    assert accused(stand(0, stacks=""), stand(1, stacks="")) == (None, "")
+    assert accused() == (None, "")
+
+
+def test_the_project_has_no_frame_that_is_taken_for_waiting_by_its_path():
+    assert not [p for p in Path(__file__).parents[2].glob("falcon_dist/*.py") if "broadcast" in p.name]
