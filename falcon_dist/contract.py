@@ -68,7 +68,7 @@ EVENT_FD: Final = "FALCON_EVENT_FD"
 PREPARED: Final = "FALCON_PREPARED"
 """File that says where this host has what was prepared on node 0; unset on node 0 and where one host prepares."""
 BACKEND: Final = "FALCON_BACKEND"
-"""The collective backend the launcher settled on: "gloo" or "ccl"."""
+"""The collective backend the launcher settled on: "gloo", "ccl" or "ccl-intel"."""
 
 RESULT_FILE: Final = "result.json"
 STEPS_FILE: Final = "steps.jsonl"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from falcon_dist import contract
+from falcon_dist import ccl_intel, contract
 from falcon_dist.contract import UserError
 from falcon_dist.world import World
 
@@ -28,8 +28,7 @@ def open_group(world: World, env: Mapping[str, str] = os.environ) -> Iterator[No
     Raises:
         UserError: the backend is not known, or the group is not the world that was launched.
     """
-    backend = env.get(contract.BACKEND, "gloo")
-    _enter(backend)
+    backend = _enter(env.get(contract.BACKEND, "gloo"))
     store = _store(world, env)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=TIMEOUT)
     try:
@@ -41,12 +40,18 @@ def open_group(world: World, env: Mapping[str, str] = os.environ) -> Iterator[No
         dist.destroy_process_group()
 
 
-def _enter(backend: str) -> None:
-    """Makes the backend known to torch.distributed."""
-    if backend == "ccl":
-        importlib.import_module("falcon_dist.ccl")
-    elif backend != "gloo":
-        raise UserError(f'backend: must be "gloo" or "ccl": "{backend}"; use --backend')
+def _enter(backend: str) -> str:
+    """Makes the backend known to torch.distributed; its name there."""
+    match backend:
+        case "gloo":
+            return "gloo"
+        case "ccl":
+            importlib.import_module("falcon_dist.ccl")
+        case "ccl-intel":
+            ccl_intel.register()
+        case _:
+            raise UserError(f'backend: must be "gloo", "ccl" or "ccl-intel": "{backend}"; use --backend')
+    return "ccl"
 
 
 def _store(world: World, env: Mapping[str, str]) -> Store:

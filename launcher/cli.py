@@ -10,7 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR
-from launcher import checks, discover, environment, explain, flags, folder, network, planner, render, sysfs, transport
+from launcher import (
+    backends,
+    checks,
+    discover,
+    environment,
+    explain,
+    flags,
+    folder,
+    network,
+    planner,
+    render,
+    sysfs,
+    transport,
+)
 from launcher import config as configuration
 from launcher.cluster import Cluster, HostFacts, join
 from launcher.config import LaunchConfig, LaunchSettings
@@ -167,7 +180,7 @@ def _explained(config: LaunchConfig, cluster: Cluster) -> tuple[str, ...]:
 
 
 def _notes(config: LaunchConfig, cluster: Cluster, environ: Mapping[str, str]) -> tuple[str, ...]:
-    backend, why = planner.choose_backend(config, cluster)
+    backend, why = backends.choose(config, cluster)
     chosen = (f"backend: {backend} ({why})",) if config.program is None else ()
     withheld = environment.withheld(environ, config.launch.env)
     kept_back = (f"not passed on to ranks: {', '.join(withheld)}; use --env NAME to pass one",) if withheld else ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from falcon_dist.ccl_environment import Provider
 from launcher.hostfile import HostEntry, Hostfile
 from launcher.network import Meeting
 from launcher.topology import Topology
@@ -26,6 +27,8 @@ class HostFacts:
     """HOME and other variables that are the host's own business."""
     allocators: Mapping[str, str] = field(default_factory=dict)
     """Path of each memory allocator that was found."""
+    fabric: Provider = "tcp"
+    """libfabric's provider for the fastest network hardware it has."""
     compiler: str = "g++"
     """Path of the C++ compiler; empty: none. Taken to be there where a host was not asked."""
 

@@ -18,7 +18,7 @@ from launcher.errors import UserError
 from launcher.patience import LEAST_S
 from launcher.redaction import is_secret, redact_value
 
-Backend = Literal["auto", "gloo", "ccl"]
+Backend = Literal["auto", "gloo", "ccl", "ccl-intel"]
 RECIPES: Final = Path(falcon_dist.__file__).parent / "recipes"
 DEFAULT_RECIPE: Final = "demo"
 NPROC_WORDS: Final = ("auto", "numa", "socket")
@@ -66,7 +66,7 @@ class LaunchSettings:
     run_id: str | None = None
     """Name of this run's folder; None: made from the time."""
     backend: Backend = "auto"
-    """Collective backend of our own program."""
+    """Collective backend of our own program; ccl-intel: oneccl_bindings_for_pytorch, where it is installed."""
     env: tuple[str, ...] = ()
     """NAME=VALUE, or NAME to take the value from the launcher's environment."""
 

@@ -21,6 +21,8 @@ from launcher.transport import Channel, Transport
 HELLO_TIMEOUT_S: Final = 20.0
 ANSWER_TIMEOUT_S: Final = 10.0
 LEAVE_S: Final = 5.0
+TOLD: Final = ("python", "python_version", "versions", "identity", "allocators", "compiler", "fabric")
+"""What of an agent's first words becomes HostFacts as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ def _facts(host: str, hello: dict[str, Any], saved: Mapping[str, Topology]) -> H
     return HostFacts(
         topology=saved.get(host) or Topology.from_json(hello["topology"], host),
         machine=f"{hello['hostname']} {hello['boot_id']}",
-        **{key: hello[key] for key in ("python", "python_version", "versions", "identity", "allocators", "compiler")},
+        **{key: hello[key] for key in TOLD},
     )
 
 

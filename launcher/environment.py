@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
@@ -26,9 +26,6 @@ TELLTALE: Final = (
     *("ONEDNN_*", "DNNL_*", "LD_PRELOAD", "PYTHONPATH"),
 )
 """Names not carried whose owner probably meant them for the ranks: said aloud."""
-
-INTERFACE_OF: Final = ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "FI_TCP_IFACE")
-"""gloo's, oneCCL's and libfabric's name for the network interface: left to themselves each picks its own."""
 
 COORDINATES: Final = (
     *(contract.RANK, contract.LOCAL_RANK, contract.WORLD_SIZE, contract.LOCAL_WORLD_SIZE),
@@ -76,15 +73,15 @@ def defaults(binding: Binding, ifname: str) -> dict[str, str]:
     No OMP_PROC_BIND and no KMP_AFFINITY: they would narrow the mask of the thread that forks DataLoader workers to one
     core. Threads inherit the rank's mask, which is its cores.
     """
-    names = {
+    return {
         "OMP_NUM_THREADS": str(binding.threads),
         "MKL_NUM_THREADS": str(binding.threads),
         "KMP_BLOCKTIME": "1",  # Intel's OpenMP spins for 200 ms by default, on cores that have other work by then
         "TOKENIZERS_PARALLELISM": "false",  # ranks fork loaders; the tokenizer's own threads would not survive it
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
+        "GLOO_SOCKET_IFNAME": ifname,  # left to itself gloo takes the interface of the host's name
     }
-    return names | dict.fromkeys(INTERFACE_OF, ifname)
 
 
 def seat_names(seat: Seat) -> dict[str, str]:
@@ -116,19 +113,6 @@ def meeting_names(*, addr: str, port: str, run_id: str, attempt: int, served: bo
 def binding_names(binding: Binding) -> dict[str, str]:
     """The plan a rank compares its own view with."""
     return {contract.PLANNED_CPUS: str(binding.cpus), contract.PLANNED_THREADS: str(binding.threads)}
-
-
-def comm_names(bindings: Sequence[Binding]) -> dict[str, str]:
-    """oneCCL's worker threads on the cores kept free for them: one list for all ranks of a node, as it wants it."""
-    count = len(bindings[0].comm_cpus)
-    if not count:
-        return {}
-    nodes = [str(node) for b in bindings for node in sorted(b.mem_nodes)[:1] * count]
-    return {
-        "CCL_WORKER_OFFLOAD": "1",
-        "CCL_WORKER_COUNT": str(count),
-        "CCL_WORKER_AFFINITY": ",".join(str(cpu) for b in bindings for cpu in b.comm_cpus),
-    } | ({"CCL_WORKER_MEM_AFFINITY": ",".join(nodes)} if len(nodes) == count * len(bindings) else {})
 
 
 def _asked(item: str, environ: Mapping[str, str]) -> tuple[str, str]:

@@ -196,7 +196,7 @@ def _run_flags(parser: _Parser) -> None:
     flag = parser.flag
     flag("--recipe", metavar="NAME|FILE", help="a complete configuration (default: demo)")
     flag("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, as --set optim.lr=2e-5")
-    flag("--backend", metavar="NAME", help="collective backend: auto, gloo or ccl")
+    flag("--backend", metavar="NAME", help="collective backend: auto, gloo, ccl or ccl-intel")
     flag("--env", metavar="NAME[=VALUE]", action="append", default=[], help="a variable for the ranks")
     flag("--env-file", metavar="FILE", help="NAME=VALUE lines for the ranks")
     flag("--resume", metavar="RUN", nargs="?", const="auto", help="go on with a run: its id, its folder, or auto")

@@ -11,14 +11,17 @@ from typing import Any, Final
 
 from launcher import sysfs
 
-VERSIONS_OF: Final = ("falcon-dist", "torch", "transformers", "trl", "accelerate", "oneccl-cpu-devel")
-PROTOCOL: Final = 2
+VERSIONS_OF: Final = ("falcon-dist", "torch", "transformers", "trl", "accelerate", "oneccl-cpu-devel", "oneccl-bind-pt")
+PROTOCOL: Final = 3
 IDENTITY: Final = ("HOME", "USER", "LOGNAME", "SHELL")
 """Variables that are the host's own business."""
 ALLOCATORS: Final = {
     "tcmalloc": ("libtcmalloc.so", "libtcmalloc_minimal.so"),
     "jemalloc": ("libjemalloc.so",),
 }
+INFINIBAND: Final = Path("/sys/class/infiniband")
+PROVIDERS: Final = (("hfi1", "psm3"), ("efa", "efa"), ("rdmap", "efa"))
+"""How a device's name begins and libfabric's provider for it; any other device is taken by verbs."""
 SONAME_ENDS: Final = ("", ".4", ".2", ".1")
 
 
@@ -35,6 +38,7 @@ def facts() -> dict[str, Any]:
         "identity": {name: os.environ[name] for name in IDENTITY if name in os.environ},
         "allocators": allocators(),
         "compiler": compiler(os.environ),
+        "fabric": fabric(),
         "topology": sysfs.read().to_json(),
     }
 
@@ -66,6 +70,15 @@ def allocators() -> dict[str, str]:
         if path := next((p for p in paths if p.is_file()), None):
             found[name] = str(path)
     return found
+
+
+def fabric(devices: Path = INFINIBAND) -> str:
+    """libfabric's provider for this host's first RDMA device, "tcp" where it has none (fabric(7), fi_provider(7))."""
+    try:
+        first = min(entry.name for entry in devices.iterdir())
+    except (OSError, ValueError):
+        return "tcp"
+    return next((provider for name, provider in PROVIDERS if first.startswith(name)), "verbs")
 
 
 def _boot_id() -> str:

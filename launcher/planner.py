@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from falcon_dist import contract
-from launcher import environment
+from launcher import backends, environment
 from launcher.binding import Binding
 from launcher.cluster import Cluster, Node
 from launcher.config import LaunchConfig
@@ -26,8 +26,6 @@ from launcher.plan import (
     TaskPlan,
 )
 
-ONECCL: Final = "oneccl-cpu-devel"
-"""Distribution whose headers and library the ccl backend is built against."""
 COURIER_TOKEN: Final = "FALCON_COURIER_TOKEN"  # noqa: S105  # the variable's name
 
 
@@ -57,7 +55,7 @@ def build(
     """
     served_by: Literal["rank", "agent"] = "rank" if config.program is None else "agent"
     rendezvous = Rendezvous(addr=cluster.addr, port=opened.port, courier_port=opened.courier_port, served_by=served_by)
-    backend, _ = choose_backend(config, cluster)
+    backend, _ = backends.choose(config, cluster)
     builder = _Builder(
         config=config,
         cluster=cluster,
@@ -151,7 +149,7 @@ class _Builder:
         )
         own = {contract.RANK_DIR: rank_dir, contract.EVENT_FD: str(RANK_EVENT_FD), contract.BACKEND: self.backend}
         store = {contract.STORE_FD: str(RANK_STORE_FD)} if takes_store else {}
-        comm = environment.comm_names([s.binding for s in seats])
+        comm = backends.names(place, [s.binding for s in seats], node, backends.fabric_of(self.cluster))
         common = comm | self._allocator(node) | self._common(node, seat.binding)
         fixed = environment.seat_names(place) | meeting | environment.binding_names(seat.binding) | own | store
         return common | fixed | self._received(node)
@@ -221,21 +219,6 @@ class _Builder:
             task_dir=f"{self.site.attempt_dir}/store",
             listens="store",
         )
-
-
-def choose_backend(config: LaunchConfig, cluster: Cluster) -> tuple[str, str]:
-    """The collective backend and, in a few words, why."""
-    if config.program is not None:
-        return "gloo", "the program chooses its own"
-    if config.launch.backend != "auto":
-        return config.launch.backend, "asked for"
-    lacking = [n.host for n in cluster.nodes if ONECCL not in n.facts.versions]
-    if lacking:
-        return "gloo", f"oneCCL is not installed on {lacking[0]}"
-    helpless = [n.host for n in cluster.nodes if not n.facts.compiler]
-    if helpless:
-        return "gloo", f"oneCCL is installed, but {helpless[0]} has no C++ compiler to build its backend"
-    return "ccl", "oneCCL is installed on every node"
 
 
 def _ours(node: Node, verb: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from falcon_dist.ccl.build import MODULE, ensure_built
 from falcon_dist.ccl.hosts import Place, find_place
-from falcon_dist.ccl.library import find_library
+from falcon_dist.ccl.oneccl import find_library
 from falcon_dist.ccl_environment import INTERFACE, environment
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from typing import Final
 
 import torch
 
-from falcon_dist.ccl.library import Library, find_library
+from falcon_dist.ccl.oneccl import Library, find_library
 from falcon_dist.contract import UserError
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from launching import launch
 
 PROGRAM = """
@@ -32,3 +33,32 @@ def test_ranks_with_other_data_are_told(tmp_path: Path, backend: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     told = "packed rows: rank 0 and ranks [1] hold different ones; prepare every host from the same source"
     assert done.stdout.count(told) == 2
+
+
+BINDING = """
+import torch.distributed as dist
+def create(store, rank, size, timeout):
+    print(f"stand-in group of rank {rank}")
+    return dist.ProcessGroupGloo(store, rank, size, timeout)
+dist.Backend.register_backend("ccl", create, devices=["cpu"])
+"""
+
+
+def test_intels_binding_is_taken_for_its_own_torch(tmp_path: Path) -> None:
+    """A stand-in for the binding, registered as that one does: the real one is built for older torch only."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "oneccl_bindings_for_pytorch.py").write_text(BINDING)
+    described = tmp_path / f"oneccl_bind_pt-{torch.__version__}.dist-info"
+    described.mkdir()
+    text = f"Metadata-Version: 2.1\nName: oneccl-bind-pt\nVersion: {torch.__version__}\n"
+    (described / "METADATA").write_text(text)
+    done = launch(tmp_path, "--nproc-per-node", "2", "--", "program.py", "ccl-intel")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("stand-in group of rank") == 2
+    described.rename(tmp_path / "oneccl_bind_pt-2.1.0.dist-info")
+    (tmp_path / "oneccl_bind_pt-2.1.0.dist-info" / "METADATA").write_text(text.replace(torch.__version__, "2.1.0"))
+    refused = launch(tmp_path, "--nproc-per-node", "2", "--", "program.py", "ccl-intel")
+    assert refused.returncode != 0
+    assert f'oneccl_bindings_for_pytorch 2.1.0 is not for torch {torch.__version__}: "ccl-intel"' in (
+        refused.stdout + refused.stderr
+    )

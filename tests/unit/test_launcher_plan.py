@@ -3,7 +3,7 @@ import json
 import pytest
 from topologies.trees import write_tree
 
-from launcher import environment, network, planner, render, sysfs
+from launcher import backends, environment, hello, network, planner, render, sysfs
 from launcher.cluster import HostFacts, join
 from launcher.config import LaunchConfig, LaunchSettings, Program
 from launcher.errors import UserError
@@ -125,7 +125,50 @@ def test_backend_is_chosen_aloud(make_plan):
     assert make_plan(program=None).backend == "gloo"
     assert make_plan(program=None, versions={"oneccl-cpu-devel": "2022.1"}).backend == "ccl"
     assert make_plan(program=None, versions={"oneccl-cpu-devel": "2022.1"}, compiler="").backend == "gloo"
-    assert make_plan(program=None, backend="ccl").backend == "ccl"
+    assert make_plan(program=None, backend="ccl").backend == "ccl"  # not asked for its versions: taken at its word
+
+
+@pytest.mark.parametrize(
+    ("backend", "versions", "words"),
+    [
+        ("ccl", {"torch": "2.13.0"}, 'oneCCL is not installed on localhost: "ccl"; pip install'),
+        ("ccl-intel", {"torch": "2.13.0"}, r'not installed: "ccl-intel"; use --backend ccl.* \(localhost\)'),
+        ("ccl-intel", {"torch": "2.13.0", "oneccl-bind-pt": "2.8.0"}, "2.8.0 is not for torch 2.13.0"),
+    ],
+)
+def test_a_backend_asked_for_is_had_or_refused(make_plan, backend, versions, words):
+    with pytest.raises(UserError, match=words):
+        make_plan(program=None, backend=backend, versions=versions)
+    fitting = {"torch": "2.8.0", "oneccl-bind-pt": "2.8.0", "oneccl-cpu-devel": "2021.15.2"}
+    assert make_plan(program=None, backend=backend, versions=fitting).backend == backend
+
+
+def test_every_rank_is_told_all_that_oneccl_reads(make_plan):
+    plan = make_plan(env=("CCL_LOG_LEVEL=info",))
+    names = ("CCL_PROCESS_LAUNCHER", "CCL_LOCAL_RANK", "CCL_LOCAL_SIZE", "FI_PROVIDER", "CCL_WORKER_OFFLOAD")
+    assert [plan.ranks[1].env[name] for name in names] == ["none", "1", "2", "tcp", "0"]
+    assert plan.ranks[0].env["CCL_LOG_LEVEL"] == "info"
+
+
+@pytest.mark.parametrize(
+    ("fabrics", "provider"), [(("verbs", "verbs"), "verbs"), (("verbs", "tcp"), "tcp"), (("psm3",), "tcp")]
+)
+def test_the_provider_is_one_that_every_host_has(tmp_path, fabrics, provider):
+    topology = sysfs.read(write_tree(tmp_path))
+    facts = [HostFacts(topology=topology, python="/py", versions={}, fabric=fabric) for fabric in fabrics]
+    meeting = network.Meeting(addr="10.0.0.1", ifnames=("eth0",) * len(fabrics))
+    hosts = parse("\n".join("ab"[: len(fabrics)]), "hosts")
+    assert backends.fabric_of(join(hosts, facts, meeting)) == provider
+
+
+@pytest.mark.parametrize(
+    ("devices", "provider"), [((), "tcp"), (("mlx5_0",), "verbs"), (("hfi1_0",), "psm3"), (("rdmap0s6",), "efa")]
+)
+def test_a_host_tells_its_fabric(tmp_path, devices, provider):
+    for name in devices:
+        (tmp_path / name).mkdir()
+    assert hello.fabric(tmp_path) == provider
+    assert hello.fabric(tmp_path / "none") == "tcp"
 
 
 def test_a_memory_allocator_is_the_hosts_own(make_plan):
