@@ -11,7 +11,7 @@ CXX_FOUND := $(shell command -v g++)
 EXTRAS := demo,dev$(if $(CXX_FOUND),$(COMMA)oneccl)
 PROJECT := pyproject.toml constraints.txt Makefile
 
-.PHONY: demo demo-labels check-demo test lint setup clean test-cluster test-kills
+.PHONY: demo demo-labels check-demo test lint setup clean test-cluster test-kills test-trackers
 
 setup: $(READY)
 
@@ -52,6 +52,11 @@ test-cluster: $(READY)
 # 200 kills at random moments of random parts of runs over such hosts.
 test-kills: $(READY)
 	$(BIN)/python -m pytest tests/cluster/test_kills.py -m slow
+
+# W&B, offline, and MLflow, in a folder, told by a run on two ranks.
+test-trackers: $(READY)
+	$(PIP) --editable '.[trackers]'
+	$(BIN)/python -m pytest tests/trackers
 
 lint: $(READY)
 	$(BIN)/ruff check

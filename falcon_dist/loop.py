@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def trainer_settings(config: TrainConfig, schedule: Schedule, start: int, output
     """SFTConfig for rows that are ready as they are; what it would save, log or shuffle itself is turned off."""
     return SFTConfig(
         output_dir=output_dir,
+        run_name=Path(output_dir).name,
         use_cpu=True,
         bf16=config.precision == "bf16-autocast",
         per_device_train_batch_size=config.loop.micro_batch,

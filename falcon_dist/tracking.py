@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +31,23 @@ def check_tracking(config: ReportConfig) -> None:
 
 def trackers(config: ReportConfig, folder: Path, start: int) -> list[TrainerCallback]:
     """The chosen integrations, counting steps on from ``start``."""
-    return [Tracker(_integration(name, folder), start) for name in config.to]
+    return [Tracker(_integration(name, folder), start, CLOSERS.get(name)) for name in config.to]
+
+
+def _close_wandb() -> None:
+    import wandb
+
+    wandb.finish()
+
+
+def _close_mlflow() -> None:
+    import mlflow
+
+    mlflow.flush_async_logging()
+
+
+CLOSERS: Final[Mapping[str, Callable[[], None]]] = {"wandb": _close_wandb, "mlflow": _close_mlflow}
+"""The integrations leave the last words to the interpreter's end, which a rank does not wait for."""
 
 
 def _integration(name: str, folder: Path) -> TrainerCallback:
@@ -45,9 +61,10 @@ def _integration(name: str, folder: Path) -> TrainerCallback:
 class Tracker(TrainerCallback):  # type: ignore[misc]
     """An integration that sees the run's own steps: the Trainer counts from 0 again after a resume."""
 
-    def __init__(self, inner: TrainerCallback, start: int) -> None:
+    def __init__(self, inner: TrainerCallback, start: int, close: Callable[[], None] | None = None) -> None:
         self._inner = inner
         self._start = start
+        self._close = close
 
     def _shifted(self, state: TrainerState) -> TrainerState:
         shifted = copy.copy(state)
@@ -63,8 +80,10 @@ class Tracker(TrainerCallback):  # type: ignore[misc]
         self._inner.on_log(args, self._shifted(state), control, **kwargs)
 
     def on_train_end(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Closes the tracker's run."""
+        """Closes the tracker's run, with all that was told it."""
         self._inner.on_train_end(args, self._shifted(state), control, **kwargs)
+        if self._close is not None:
+            self._close()
 
 
 def evaluation_logs(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -23,7 +23,7 @@ CARRIED: Final = (
 
 TELLTALE: Final = (
     *("OMP_*", "KMP_*", "GOMP_*", "MKL_*", "CCL_*", "FI_*", "I_MPI_*", "GLOO_*", "TORCH_*", "NCCL_*"),
-    *("ONEDNN_*", "DNNL_*", "LD_PRELOAD", "PYTHONPATH"),
+    *("ONEDNN_*", "DNNL_*", "LD_PRELOAD", "PYTHONPATH", "WANDB_*", "MLFLOW_*"),
 )
 """Names not carried whose owner probably meant them for the ranks: said aloud."""
 

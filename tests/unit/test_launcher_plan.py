@@ -55,6 +55,8 @@ def test_only_listed_names_reach_a_rank(make_plan):
     assert "X" not in make_plan().ranks[0].env
     assert environment.withheld(ENVIRON, ()) == ("OMP_NUM_THREADS",)
     assert environment.withheld(ENVIRON, ("OMP_NUM_THREADS",)) == ()
+    trackers = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": "file:./mlruns"}
+    assert environment.withheld(trackers, ("WANDB_MODE",)) == ("MLFLOW_TRACKING_URI",)
 
 
 @pytest.mark.parametrize("asked", ["RANK=3", "NOT_SET_HERE"])
