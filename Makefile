@@ -58,6 +58,14 @@ test-trackers: $(READY)
 	$(PIP) --editable '.[trackers]'
 	$(BIN)/python -m pytest tests/trackers
 
+# Every fault of the catalogue, injected into real runs on such hosts; writes docs/faults.md. The slice is for CI.
+.PHONY: chaos chaos-quick
+chaos: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m chaos --report docs/faults.md
+
+chaos-quick: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m chaos --quick
+
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

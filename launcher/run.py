@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from falcon_dist.contract import STACKS_FILE
-from launcher import bind, mirror, supervise
+from launcher import bind, mirror, render, supervise
 from launcher.console import Console
 from launcher.discover import Agents
 from launcher.errors import LaunchError
@@ -39,7 +39,6 @@ from launcher.interrupts import stopping_signals
 from launcher.patience import Patience
 from launcher.plan import LaunchPlan
 from launcher.record import Record
-from launcher.render import output_line, signal_name
 from launcher.report import RunReport
 from launcher.standing import Stand, accuse
 from launcher.watch import Watch
@@ -132,9 +131,18 @@ class Run:
         self._listen(self._channels[node_rank].fileno(), lambda: self._on_agent(node_rank))
 
     def _happened(self, event: Event) -> None:
+        before = self._state.cause
         self._state, actions = supervise.decide(self._state, event)
+        if self._state.cause != before:
+            self._tell_cause()
         for action in actions:
             self._perform(action)
+
+    def _tell_cause(self) -> None:
+        """Says at once what is wrong; the evidence follows when all have ended, which a checkpoint may delay."""
+        told = render.failure_text(self._record.report(self._state.cause, time.monotonic()))
+        if self._state.cause and self._state.cause.kind != "interrupt":
+            self._console.say(f"noticed: {told.splitlines()[0]}")
 
     def _perform(self, action: Action) -> None:
         match action:
@@ -162,7 +170,7 @@ class Run:
             if number == signal.SIGTSTP:
                 self._console.say("SIGTSTP: not suspended: hosts that hear nothing end their ranks")
                 continue
-            self._console.say(f"{signal_name(number)}: stopping all ranks; once more to kill them at once")
+            self._console.say(f"{render.signal_name(number)}: stopping all ranks; once more to kill them at once")
             self._happened(Interrupted(signal=number))
 
     def _on_agent(self, node_rank: int) -> None:
@@ -185,7 +193,9 @@ class Run:
         if patience_s:
             number = channel.died or (-code if code is not None and code < 0 else None)
             words = channel.last_words()
-            text += f": {signal_name(number)}" if number else f": exit code {code}{f': {words}' if words else ''}"
+            text += (
+                f": {render.signal_name(number)}" if number else f": exit code {code}{f': {words}' if words else ''}"
+            )
         self._happened(Lost(node_rank=node_rank, text=text))
 
     def _on_event(self, node_rank: int, event: dict[str, Any]) -> None:
@@ -221,7 +231,7 @@ class Run:
         if rank is None and node_rank and stream == "stderr":
             return  # told once more if it fails
         for line in lines:
-            self._console.say(output_line(rank, line))
+            self._console.say(render.output_line(rank, line))
 
     def _on_exit(self, node_rank: int, rank: int, event: dict[str, Any]) -> None:
         if node_rank in self._record.apart:

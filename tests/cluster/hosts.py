@@ -7,6 +7,7 @@ have no route beyond it. All else of the file system is shared, as over NFS; eac
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,10 +76,12 @@ class Host:
         self.disk = self.folder / "disk"
         """What the host sees at ``Hosts.disk``, seen from outside."""
         self._hosts = hosts
-        self._netns = f"{hosts.prefix}{number}"
+        self.netns = f"{hosts.prefix}{number}"
         self._port = f"{hosts.prefix}p{number}"
         self._number = number
         self.init: int | None = None
+        self.memory_group: Path | None = None
+        """The cgroup that what runs here is in."""
 
     def boot(self) -> None:
         """Brings it up; returns when its sshd answers."""
@@ -85,7 +89,7 @@ class Host:
             folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "ready").unlink(missing_ok=True)
         self._plug()
-        words = ["nsenter", f"--net=/run/netns/{self._netns}", "unshare", "--pid", "--fork", "--uts", "--ipc"]
+        words = ["nsenter", f"--net=/run/netns/{self.netns}", "unshare", "--pid", "--fork", "--uts", "--ipc"]
         words += ["--mount", "--propagation", "private", sys.executable, "-I", str(INIT)]
         words += [self.name, str(self.folder), str(self._hosts.folder)]
         with (self.folder / "log").open("ab") as log:
@@ -119,7 +123,8 @@ class Host:
         entry = ["nsenter", "-t", str(self.init), "--net", "--pid", "--uts", "--ipc", "--mount", f"--wdns={cwd}", "--"]
         tied = ["setpriv", "--pdeathsig", "KILL", "--", *words]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([*entry, *tied], **{**pipes, **options})
+        joined = {} if self.memory_group is None else {"preexec_fn": partial(join, self.memory_group)}
+        return subprocess.Popen([*entry, *tied], **{**pipes, **joined, **options})
 
     def run(self, *words: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
         """A command run on this host to its end."""
@@ -134,7 +139,7 @@ class Host:
 
     def pids(self) -> list[int]:
         """Processes of this host, by the numbers that the outside knows them by."""
-        return [int(pid) for pid in command("ip", "netns", "pids", self._netns).split()]
+        return [int(pid) for pid in command("ip", "netns", "pids", self.netns).split()]
 
     def find(self, *signs: str) -> list[int]:
         """Those of them whose command line has all the signs."""
@@ -142,16 +147,26 @@ class Host:
 
     def limit_memory(self, limit: int) -> None:
         """All its processes together get so many bytes (cgroup v1 or v2)."""
-        folder = memory_group() / f"{self._hosts.prefix}{self._number}"
-        folder.mkdir(exist_ok=True)
-        self._hosts.groups.append(folder)
+        self.memory_group = folder = memory_group() / f"{self._hosts.prefix}{self._number}"
+        folder.mkdir()
         name = "memory.limit_in_bytes" if (folder / "memory.limit_in_bytes").exists() else "memory.max"
         (folder / name).write_text(str(limit))
         for pid in self.pids():
             (folder / "cgroup.procs").write_text(str(pid))
 
+    def free_memory(self) -> None:
+        """Undoes limit_memory."""
+        folder, self.memory_group = self.memory_group, None
+        if folder is None:
+            return
+        for pid in (folder / "cgroup.procs").read_text().split():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                (memory_group() / "cgroup.procs").write_text(pid)
+        wait_until(lambda: not (folder / "cgroup.procs").read_text())
+        folder.rmdir()
+
     def _plug(self) -> None:
-        hosts, inside = self._hosts, self._netns
+        hosts, inside = self._hosts, self.netns
         command("ip", "netns", "add", inside)
         # A fixed hardware address: peers find it again at once when it was off.
         mac = f"02:00:00:00:00:{self._number:02x}"
@@ -177,7 +192,6 @@ class Hosts:
         self.switch = f"f{os.getpid() % 100_000}sw"
         self.network = f"10.{100 + os.getpid() % 100}.7"
         self.started: list[subprocess.Popen[bytes]] = []
-        self.groups: list[Path] = []
         self.hosts = [Host(self, number) for number in range(1, count + 1)]
 
     def __getitem__(self, index: int) -> Host:
@@ -209,9 +223,8 @@ class Hosts:
         for name in (self.switch, *(f"{self.prefix}{number}" for number in range(1, len(self.hosts) + 1))):
             if Path("/run/netns", name).exists():
                 command("ip", "netns", "del", name)
-        for group in self.groups:
-            wait_until(lambda group=group: not (group / "cgroup.procs").read_text())
-            group.rmdir()
+        for host in self.hosts:
+            host.free_memory()
 
     def _write_settings(self) -> None:
         for name in ("client", "disk"):
@@ -225,6 +238,11 @@ class Hosts:
         values = {"folder": self.folder, "network": self.network}
         (self.folder / "sshd_config").write_text(SSHD.format(**values))
         (self.folder / "client" / "hosts.conf").write_text(CLIENT.format(**values))
+
+
+def join(group: Path) -> None:
+    """Puts the calling process into a cgroup."""
+    (group / "cgroup.procs").write_text("0")
 
 
 def memory_group() -> Path:

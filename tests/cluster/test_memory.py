@@ -18,6 +18,6 @@ def test_memory_that_runs_out_is_named(hosts: Hosts):
     assert done.returncode == 137
     told = done.stderr.splitlines()[0]
     assert told.startswith(
-        "rank 1 (local_rank 0, host node2) failed first: SIGKILL, cgroup oom_kill +1, peak memory 0."
+        "rank 1 (local_rank 0, host node2) failed first: out of memory, SIGKILL, cgroup oom_kill +1, peak memory 0."
     )
     assert told.endswith("GiB, last step 412")

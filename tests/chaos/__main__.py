@@ -1,0 +1,99 @@
+"""``python -m chaos``: injects every fault of the catalogue and writes what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from importlib import metadata
+from pathlib import Path
+
+from cluster.hosts import Hosts
+
+from chaos import ranks
+from chaos.bed import Bed, write_inputs
+from chaos.table import MODES, Fault, Found, Line, Mode, markdown
+
+FAMILIES = (ranks,)
+ALL: tuple[Fault, ...] = tuple(sorted((f for family in FAMILIES for f in family.FAULTS), key=lambda f: f.number))
+INTRO = """# Faults: what happens when ...
+
+Written by `make chaos` (tests/chaos), which injects every fault into real runs: with two ranks on one host (`local`),
+and with one rank on each of two hosts that are made of namespaces and reached over ssh (`hosts`). "Detected after" is
+the time from the injection to the launcher's first word of it, "training again after" that to the next attempt's first
+step; a start by itself takes the time given below. A run that ends with exit code 0 has the weights of an undisturbed
+run, byte by byte, unless the row says that hosts were left out. The limit for a hang is set to a few seconds in these
+runs; the default is 60 s."""
+
+
+def main() -> int:
+    """Runs rows and prints them; exit code 1 where one failed."""
+    args = _arguments()
+    wanted = [f for f in ALL if (not args.rows or f.number in args.rows) and (f.quick or not args.quick)]
+    lines: list[Line] = []
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
+        with Hosts(3, Path(folder) / "c") as hosts:
+            write_inputs(hosts.folder / "shared/inputs")
+            beds = {mode: Bed(mode, hosts) for mode in args.modes}
+            for bed in beds.values():
+                bed.compute_reference()
+            for fault in wanted:
+                for mode in args.modes:
+                    lines.append(_try(fault, beds[mode]))
+                    _tell(lines[-1])
+            facts = _facts(beds, time.monotonic() - began)
+    if args.report:
+        args.report.write_text(markdown(lines, facts, INTRO))
+    failed = [line for line in lines if not line.passed]
+    print(f"{len(lines) - len(failed)} of {len(lines)} passed in {time.monotonic() - began:.0f} s")
+    return 1 if failed else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m chaos")
+    parser.add_argument("--rows", type=lambda text: [int(word) for word in text.split(",")], default=[])
+    parser.add_argument("--modes", type=lambda text: text.split(","), default=MODES)
+    parser.add_argument("--quick", action="store_true", help="the slice for CI")
+    parser.add_argument("--report", type=Path, help="write the table here")
+    parser.add_argument("--verbose", action="store_true", help="what the launcher said in rows that failed")
+    return parser.parse_args()
+
+
+def _try(fault: Fault, bed: Bed) -> Line:
+    """A row that breaks off has failed."""
+    with bed.row(fault.number):
+        try:
+            found = fault.inject(bed)
+        except Exception as broken:  # noqa: BLE001  # whatever it is, the next row is to run
+            if not isinstance(broken, AssertionError):
+                traceback.print_exc()
+            found = Found(wrong=(f"{type(broken).__name__}: {broken}",), orphans=len(bed.left()))
+    return Line(number=fault.number, fault=fault.name, mode=bed.mode, found=found)
+
+
+def _tell(line: Line) -> None:
+    print(" | ".join(line.cells()), flush=True)
+    if not line.passed:
+        print(f"    {line.why}", flush=True)
+
+
+def _facts(beds: dict[Mode, Bed], seconds: float) -> dict[str, str]:
+    names = ("torch", "transformers", "trl", "accelerate", "safetensors")
+    starts = ", ".join(f"{mode} {bed.start_s:.1f} s" for mode, bed in beds.items())
+    return {
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "machine": f"{len(os.sched_getaffinity(0))} cpus, {platform.machine()}, Linux {platform.release()}",
+        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{n} {metadata.version(n)}" for n in names)]),
+        "start to first step, undisturbed": starts,
+        "all rows took": f"{seconds / 60:.0f} min",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

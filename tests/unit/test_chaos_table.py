@@ -1,0 +1,34 @@
+import pytest
+from chaos.table import HEAD, Fault, Found, Line, check_complete, markdown
+
+GOOD = Found(detected_s=0.04, cause="rank 1 died | badly", again_s=9.97, steps_lost=0, exit_code=0)
+
+
+def line(found=GOOD):
+    return Line(number=1, fault="rank killed", mode="local", found=found)
+
+
+def test_a_line_has_the_columns_of_the_page():
+    page = markdown([line()], {"date": "2026-01-01"}, "# Faults")
+    assert "| number | fault | mode | detected after | cause named | training again after | steps lost |" in page
+    assert "| 1 | rank killed | local | 0.0 s | rank 1 died / badly | 10.0 s | 0 | 0 | 0 | passed |" in page
+    assert "- passed: 1 of 1" in page
+    assert "- date: 2026-01-01" in page
+    assert all(row.count("|") == len(HEAD) + 1 for row in page.splitlines() if row.startswith("|"))
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [(Found(wrong=("a", "b")), "a; b"), (Found(orphans=1), "1 processes or sockets left")],
+)
+def test_what_is_wrong_or_left_fails_a_row_and_is_told(found, why):
+    page = markdown([line(), line(found)], {}, "# Faults")
+    assert page.count("| passed |") == page.count("| failed |") == 1
+    assert f"- 1 local: {why}" in page
+
+
+def test_the_catalogue_has_every_row_once():
+    faults = [Fault(number=n, name="", local=lambda _: GOOD, hosts=lambda _: GOOD) for n in range(1, 34)]
+    check_complete(faults)
+    with pytest.raises(ValueError, match="1 to 33"):
+        check_complete(faults[1:])
