@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import torch
 from transformers import FalconConfig, FalconForCausalLM
 
+from falcon_dist import contract
 from falcon_dist.doctor import kernel_isa
+from falcon_dist.exchange import exchange
 from falcon_dist.masking import leak
 
 
@@ -33,5 +36,14 @@ def packing_leak() -> float:
     return leak(model)
 
 
+def main() -> None:
+    """Prints the facts; an all_reduce with the other hosts is one of them where the environment says who they are."""
+    told = facts()
+    if contract.MASTER_ADDR in os.environ:
+        told["all_reduce"] = exchange()
+    print(json.dumps(told), flush=True)
+    os._exit(0)  # torch can abort while a process that had a gloo group is taken down
+
+
 if __name__ == "__main__":
-    print(json.dumps(facts()))
+    main()

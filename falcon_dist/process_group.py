@@ -22,15 +22,17 @@ TIMEOUT = datetime.timedelta(seconds=120)
 
 
 @contextlib.contextmanager
-def open_group(world: World, env: Mapping[str, str] = os.environ) -> Iterator[None]:
+def open_group(
+    world: World, env: Mapping[str, str] = os.environ, *, timeout: datetime.timedelta = TIMEOUT
+) -> Iterator[None]:
     """The default process group of this run, for CPU tensors, as long as the block lasts.
 
     Raises:
         UserError: the backend is not known, or the group is not the world that was launched.
     """
     backend = _enter(env.get(contract.BACKEND, "gloo"))
-    store = _store(world, env)
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=TIMEOUT)
+    store = _store(world, env, timeout)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout)
     try:
         _check_world(world)
         yield
@@ -54,7 +56,7 @@ def _enter(backend: str) -> str:
     return "ccl"
 
 
-def _store(world: World, env: Mapping[str, str]) -> Store:
+def _store(world: World, env: Mapping[str, str], timeout: datetime.timedelta) -> Store:
     """The run's rendezvous: rank 0 serves it, on the launcher's listening socket where there is one."""
     if contract.MASTER_ADDR not in env:
         return HashStore()
@@ -65,7 +67,7 @@ def _store(world: World, env: Mapping[str, str]) -> Store:
         int(env[contract.MASTER_PORT]),
         world.world_size,
         is_master=world.is_main and not agent_serves,
-        timeout=TIMEOUT,
+        timeout=timeout,
         wait_for_workers=False,
         master_listen_fd=int(descriptor) if descriptor is not None else None,
     )

@@ -136,7 +136,7 @@ class Agent:
             "survey": lambda **asked: self.emit("surveyed", **survey.take(**asked)),
             "end_run": lambda file: self.emit("ended_run", text=roster.end(file)),
             "clock": lambda: self.emit("clock", now=time.time()),
-            "examine": lambda **asked: self.emit("examined", **examine.host(**asked)),
+            "examine": self._examine,
             "open_ring": lambda addr: self.emit("ring_opened", port=self._open("ring", addr)),
             "ring": lambda **to: self.emit("ringed", **examine.ring(self._crew.sockets.pop("ring"), **to)),
         }
@@ -151,6 +151,12 @@ class Agent:
         taken = NodePlan.from_json(plan)
         self._crew.prepare(taken)
         roster.sign(taken)
+
+    def _examine(self, **asked: Any) -> None:
+        store = self._crew.sockets.pop("store", None)
+        self.emit("examined", **examine.host(**asked, listening=store))
+        if store is not None:
+            store.close()
 
     def _open_doors(self) -> None:
         self._doors = doors.Doors()

@@ -60,10 +60,27 @@ def _row(found: Findings) -> tuple[str, ...]:
         str(told["torch"].get("bf16_kernel", "-")),
         f"{1000 * found.clock_offset_s:+.0f} ms",
         rate,
+        _shown_reduction(told["torch"].get("all_reduce", {})),
     )
 
 
-HEAD: Final = ("host", "sockets x NUMA x cores", "cpus", "memory", "ISA", "oneDNN's bf16 kernel", "clock", "link")
+HEAD: Final = (
+    "host",
+    "sockets x NUMA x cores",
+    "cpus",
+    "memory",
+    "ISA",
+    "oneDNN's bf16 kernel",
+    "clock",
+    "link",
+    "all_reduce",
+)
+
+
+def _shown_reduction(told: Mapping[str, Any]) -> str:
+    if not told:
+        return "-"
+    return "fails" if "fault" in told else f"{told['bytes_per_s'] / 1e6:.0f} MB/s ({told['backend']})"
 
 
 def _of_limits(found: Findings) -> list[Row]:
@@ -98,6 +115,9 @@ def _of_torch(found: Findings) -> list[Row]:
     rows = []
     if told["leak"] != 0:
         rows.append((host, f"packed samples see each other ({told['leak']:g})", "install the pinned transformers"))
+    if fault := told.get("all_reduce", {}).get("fault"):
+        cure = "open all ports between the hosts; give each a name of its own"
+        rows.append((host, f"all_reduce with the other hosts fails: {fault}", cure))
     if found.examined["isa"] in ("avx512_bf16", "amx_bf16") and "bf16" not in _kernel(told["bf16_kernel"]):
         rows.append((host, f"bf16 products take {told['bf16_kernel']}", "unset ONEDNN_MAX_CPU_ISA"))
     return rows

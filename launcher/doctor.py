@@ -6,7 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from launcher import discover
+from falcon_dist import ccl_environment
+from launcher import discover, environment
 from launcher.diagnosis import Findings
 from launcher.discover import ANSWER_TIMEOUT_S, Agents, answers
 from launcher.hostfile import Hostfile
@@ -28,8 +29,9 @@ def look(agents: Agents, hosts: Hostfile, run_dir: str, *, with_torch: bool) -> 
     meeting = discover.meet(agents, hosts)
     unreached, addrs = _mesh(agents, hosts, meeting)
     rates = _ring(agents.channels, addrs) if len(addrs) > 1 and not any(unreached) else [None] * len(facts)
-    for channel in agents.channels:
-        channel.send("examine", run_dir=run_dir, with_torch=with_torch)
+    seats = _seats(agents, meeting) if with_torch and len(addrs) > 1 and not any(unreached) else [{}] * len(facts)
+    for channel, seat in zip(agents.channels, seats, strict=True):
+        channel.send("examine", run_dir=run_dir, with_torch=with_torch, seat=seat)
     examined = answers(agents.channels, "examined", EXAMINE_S)
     rows = zip(agents.channels, facts, examined, offsets, unreached, rates, strict=True)
     return [
@@ -37,6 +39,21 @@ def look(agents: Agents, hosts: Hostfile, run_dir: str, *, with_torch: bool) -> 
             host=channel.host, facts=known, examined=told, clock_offset_s=off, unreached=missed, link_bytes_per_s=rate
         )
         for channel, known, told, off, missed, rate in rows
+    ]
+
+
+def _seats(agents: Agents, meeting: Meeting) -> list[dict[str, str]]:
+    """The variables of one rank on each host; node 0 listens for them already."""
+    port, _ = discover.open_store(agents, meeting.addr, courier=False)
+    size = len(meeting.ifnames)
+    met = environment.meeting_names(addr=meeting.addr, port=str(port), run_id="doctor", attempt=1, served=False)
+    places = [
+        environment.Seat(rank=n, local_rank=0, world_size=size, local_world_size=1, node_rank=n, num_nodes=size)
+        for n in range(size)
+    ]
+    return [
+        environment.seat_names(place) | met | {"GLOO_SOCKET_IFNAME": ifname, ccl_environment.INTERFACE: ifname}
+        for place, ifname in zip(places, meeting.ifnames, strict=True)
     ]
 
 

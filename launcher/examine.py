@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
+from falcon_dist.contract import STORE_FD
 from launcher import memory, survey
 from launcher.wire import CHUNK_BYTES
 
@@ -21,8 +23,14 @@ RING_S: Final = 1.0
 RING_WAIT_S: Final = 3.0
 
 
-def host(run_dir: str, *, with_torch: bool) -> dict[str, Any]:
-    """Limits and memory of this host, and what needs torch if that is wanted too."""
+def host(
+    run_dir: str, *, with_torch: bool, seat: Mapping[str, str], listening: socket.socket | None = None
+) -> dict[str, Any]:
+    """Limits and memory of this host, and what needs torch if that is wanted too.
+
+    ``seat``: the variables of a rank that takes part in an all_reduce of all hosts; empty: there is none.
+    ``listening``: where their store is served, on the first of them.
+    """
     shm = os.statvfs("/dev/shm")  # noqa: S108  # the very place that is asked about
     return {
         **survey.take(cwd="/", script=None, run_dir=run_dir),
@@ -32,15 +40,19 @@ def host(run_dir: str, *, with_torch: bool) -> dict[str, Any]:
         "shm_bytes": shm.f_bavail * shm.f_frsize,
         "memory_free_bytes": memory.available_bytes(),
         "load": os.getloadavg()[0],
-        "torch": _torch() if with_torch else {},
+        "torch": _torch(seat, listening) if with_torch else {},
     }
 
 
-def _torch() -> dict[str, Any]:
+def _torch(seat: Mapping[str, str], listening: socket.socket | None) -> dict[str, Any]:
     """What falcon_dist.host_facts tells of this host; "fault" where it cannot."""
     words = [sys.executable, "-P", "-m", "falcon_dist.host_facts"]
+    fds = [] if listening is None else [listening.fileno()]
+    env = os.environ | seat | ({STORE_FD: str(fds[0])} if fds else {})
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=TORCH_S, check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=TORCH_S, check=False, env=env, pass_fds=fds
+        )
         return dict(json.loads(done.stdout.splitlines()[-1]))
     except subprocess.TimeoutExpired:
         return {"fault": f"no answer within {TORCH_S:g} s"}

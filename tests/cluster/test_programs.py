@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import stat
 import time
 from pathlib import Path
@@ -166,7 +167,8 @@ def test_the_doctor_finds_what_is_wrong_on_every_host(hosts: Hosts):
     assert "problem" in done.stdout, done.stdout + done.stderr
     overview, problems = done.stdout.split("\n\n")
     assert [line.split()[0] for line in overview.splitlines()] == ["host", "node1", "node2", "node3"]
-    assert overview.count("MB/s") == 3
+    assert overview.count("MB/s") == 6
+    assert len(re.findall(r"\d+ MB/s \(ccl\)", overview)) == 3
     (shm,) = [line for line in problems.splitlines() if SHM in line]
     assert shm.startswith("node3  shared memory (/dev/shm): 0.1 GB left")
     assert shm.endswith("mount it larger (containers: --shm-size)")

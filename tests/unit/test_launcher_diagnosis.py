@@ -5,7 +5,12 @@ from launcher import sysfs
 from launcher.cluster import HostFacts
 from launcher.diagnosis import Findings, overview, problems
 
-TORCH = {"leak": 0.0, "bf16_kernel": "brg_matmul:avx10_1_512_amx", "torch": "2.13.0"}
+TORCH = {
+    "all_reduce": {"backend": "ccl", "bytes_per_s": 8.7e8},
+    "leak": 0.0,
+    "bf16_kernel": "brg_matmul:avx10_1_512_amx",
+    "torch": "2.13.0",
+}
 PLACE = {"disk_bytes": 1 << 40, "writable": True, "place": "/runs"}
 LIMITS = {"open_files": -1, "processes": 65536, "shm_bytes": 1 << 34, "memory_bytes": 1 << 38, "load": 0.1}
 GOOD = {"code": "c", "isa": "amx_bf16", "torch": TORCH, **PLACE, **LIMITS}
@@ -32,7 +37,17 @@ def found(tmp_path):
 def test_hosts_in_good_health(found):
     assert problems([found("a"), found("b"), found("c")]) == []
     assert overview([found("a")])[0] == (
-        *("a", "2 x 2 x 8", "8", "256 GiB", "amx_bf16", "brg_matmul:avx10_1_512_amx", "+1 ms", "1000 MB/s"),
+        *(
+            "a",
+            "2 x 2 x 8",
+            "8",
+            "256 GiB",
+            "amx_bf16",
+            "brg_matmul:avx10_1_512_amx",
+            "+1 ms",
+            "1000 MB/s",
+            "870 MB/s (ccl)",
+        ),
     )
 
 
@@ -49,6 +64,11 @@ def test_hosts_in_good_health(found):
         ({"torch": {"fault": "No module"}}, "torch does not work: No module", "install"),
         ({"torch": {"leak": 0.2, "bf16_kernel": "brg_matmul:avx512_core_bf16"}}, "see each other (0.2)", "pinned"),
         ({"torch": {"leak": 0, "bf16_kernel": "jit:avx2"}}, "bf16 products take jit:avx2", "ONEDNN_MAX_CPU_ISA"),
+        (
+            {"torch": TORCH | {"all_reduce": {"fault": "timed out"}}},
+            "all_reduce with the other hosts fails: timed",
+            "ports",
+        ),
         ({"unreached": ("a", "c")}, "does not reach a, c", "firewall"),
         ({"facts": {"python_version": "3.12.0"}}, "python 3.12, others have 3.11", "install 3.11"),
         ({"facts": {"versions": {"torch": "2.8.0"}}}, "torch 2.8.0, others have 2.13.0", "install 2.13.0"),
