@@ -11,7 +11,7 @@ CXX_FOUND := $(shell command -v g++)
 EXTRAS := demo,dev$(if $(CXX_FOUND),$(COMMA)oneccl)
 PROJECT := pyproject.toml constraints.txt Makefile
 
-.PHONY: demo demo-labels check-demo test lint setup clean test-cluster test-kills test-trackers
+.PHONY: demo demo-labels check-demo test lint setup clean test-cluster test-slurm test-kills test-trackers
 
 setup: $(READY)
 
@@ -47,7 +47,12 @@ test: $(READY) lint
 # apt-get install -y --no-install-recommends openssh-server openssh-client iproute2 nftables util-linux
 test-cluster: $(READY)
 	$(PIP) --no-deps --no-build-isolation deepspeed hjson ninja msgpack py-cpuinfo einops
-	$(BIN)/python -m pytest tests/cluster -m "not slow"
+	$(BIN)/python -m pytest tests/cluster -m "not slow" --ignore-glob="*/test_slurm*"
+
+# A real Slurm over such hosts; besides
+# apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge
+test-slurm: $(READY)
+	$(BIN)/python -m pytest tests/cluster/test_slurm*.py
 
 # 200 kills at random moments of random parts of runs over such hosts.
 test-kills: $(READY)

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR
@@ -22,7 +21,6 @@ from launcher import (
     planner,
     render,
     sysfs,
-    transport,
 )
 from launcher import config as configuration
 from launcher.cluster import Cluster, HostFacts, join
@@ -30,12 +28,12 @@ from launcher.config import LaunchConfig, LaunchSettings
 from launcher.cpuset import CpuSet
 from launcher.errors import LaunchError, UserError
 from launcher.flags import Order
-from launcher.hostfile import Hostfile, parse, parse_list, this_machine
-from launcher.hostselect import select
+from launcher.hostfile import Hostfile
 from launcher.patience import Patience
 from launcher.placement import Policy, place
 from launcher.plan import LaunchPlan
 from launcher.planner import Opened
+from launcher.reach import Reach, reach
 from launcher.topology import Topology
 
 if TYPE_CHECKING:  # not for --help and --dry-run
@@ -67,19 +65,20 @@ def launch(order: Order, environ: Mapping[str, str]) -> int:
         LaunchError: a host did not do its part.
     """
     config = configuration.load(order.flags)
-    hosts = hosts_of(config.launch)
+    way = reach(config.launch, environ)
+    hosts = way.hosts
     saved = sysfs.load_for([entry.host for entry in hosts.entries], order.topologies)
     if order.dry_run and len(saved) == len(hosts.entries):
         facts = tuple(HostFacts(topology=saved[e.host], python=sys.executable, versions={}) for e in hosts.entries)
         return _show_plan(order, config, join(hosts, facts, _imagined(hosts)), environ)
     if order.dry_run:
-        with discover.agents(hosts, transport.start) as agents:
+        with discover.agents(hosts, way.transport) as agents:
             return _show_plan(order, config, join(hosts, discover.ask(agents, saved), _imagined(hosts)), environ)
-    return _run(order, config, hosts, saved, environ)
+    return _run(order, config, way, saved, environ)
 
 
 def _run(
-    order: Order, config: LaunchConfig, hosts: Hostfile, saved: Mapping[str, Topology], environ: Mapping[str, str]
+    order: Order, config: LaunchConfig, way: Reach, saved: Mapping[str, Topology], environ: Mapping[str, str]
 ) -> int:
     from launcher.console import Console
     from launcher.series import Series
@@ -87,39 +86,14 @@ def _run(
     console = Console(quiet=order.quiet or order.as_json)
 
     def attempt(config: LaunchConfig, hosts: Hostfile) -> RunReport:
-        with discover.agents(hosts, transport.start) as agents:
-            return _Start(order, config, hosts, agents, environ, console=console).run(discover.ask(agents, saved))
+        with discover.agents(hosts, way.transport) as agents:
+            start = _Start(order, config, way.to(hosts), agents, environ, console=console)
+            return start.run(discover.ask(agents, saved))
 
-    report = Series(config, hosts, attempt, console).run()
+    report = Series(config, way.hosts, attempt, console).run()
     folder.keep_last_report(report)
     console.conclude(json.dumps(report.to_json()) if order.as_json else render.closing_text(report))
     return report.exit_code
-
-
-def hosts_of(settings: LaunchSettings) -> Hostfile:
-    """The hosts of a run, the one it is started on where nothing else was said.
-
-    Raises:
-        UserError: a hostfile is missing or cannot be understood, or a filter leaves nothing.
-    """
-    if settings.hostfile is not None:
-        hosts = parse(_read(settings.hostfile), settings.hostfile)
-    elif settings.hosts is not None:
-        hosts = parse_list(settings.hosts)
-    else:
-        hosts = this_machine()
-    return select(
-        hosts, include=settings.include, exclude=settings.exclude, nnodes=settings.nnodes, min_nodes=settings.min_nodes
-    )
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as fault:
-        raise UserError(f'--hostfile: cannot be read: "{path}"; {fault.strerror}') from fault
-    except UnicodeDecodeError as fault:
-        raise UserError(f'--hostfile: not a text file: "{path}"; give one host a line') from fault
 
 
 def policy_of(settings: LaunchSettings) -> Policy:
@@ -194,7 +168,7 @@ class _Start:
         self,
         order: Order,
         config: LaunchConfig,
-        hosts: Hostfile,
+        way: Reach,
         agents: discover.Agents,
         environ: Mapping[str, str],
         *,
@@ -203,7 +177,8 @@ class _Start:
         self._console = console
         self._order = order
         self._config = config
-        self._hosts = hosts
+        self._way = way
+        self._hosts = way.hosts
         self._agents = agents
         self._environ = environ
 
@@ -221,7 +196,7 @@ class _Start:
         planned = _plan(config, cluster, self._environ, self._open(cluster), dry_run=False)
         folder.create(config, planned)
         console = self._console
-        notes = (*_notes(config, cluster, self._environ), *check_notes, *meeting.notes)
+        notes = (*_notes(config, cluster, self._environ), *self._way.notes(facts), *check_notes, *meeting.notes)
         for text in (f"run {planned.site.run_id}: {planned.site.run_dir}", *notes):
             console.say(text)
         if order.report_bindings:

@@ -38,7 +38,7 @@ def agents(hostfile: Hostfile, transport: Transport) -> Iterator[Agents]:
     """One agent per host, started side by side; all of them (and what they still run) end with the block."""
     channels: list[Channel] = []
     try:
-        channels.extend(transport(entry) for entry in hostfile.entries)
+        channels.extend(transport(hostfile.entries))
         yield Agents(tuple(channels))
     finally:
         for channel in channels:

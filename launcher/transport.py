@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any, Final, Protocol
 
 from launcher.errors import LaunchError
 from launcher.hostfile import LOCAL, HostEntry
@@ -30,12 +30,58 @@ SSH: Final = (
 TAIL_BYTES: Final = 4096
 
 
+class Way(Protocol):
+    """A process that is an agent or leads to one."""
+
+    @property
+    def pid(self) -> int:
+        """On this machine."""
+
+    @property
+    def stdin(self) -> IO[bytes]:
+        """Closing it asks the agent to end."""
+
+    @property
+    def stdout(self) -> IO[bytes]:
+        """What the agent says."""
+
+    def ends_within(self, timeout_s: float) -> bool:
+        """Waits for its end, but no longer."""
+
+    def kill(self) -> None:
+        """Gives it up."""
+
+    def wait(self) -> int:
+        """Its exit code, -n for signal n."""
+
+
+class Spawned:
+    """A process of one agent's own."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        if process.stdin is None or process.stdout is None:
+            raise ValueError("an agent's process needs both pipes")
+        self._process = process
+        self.pid, self.stdin, self.stdout = process.pid, process.stdin, process.stdout
+        self.kill, self.wait = process.kill, process.wait
+
+    def ends_within(self, timeout_s: float) -> bool:
+        """Waits for its end; Popen.wait() with a time limit would look every 50 ms only, and --dry-run feels that."""
+        if self._process.poll() is not None:
+            return True
+        fd = os.pidfd_open(self.pid)
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        try:
+            return bool(poll.poll(timeout_s * 1000))
+        finally:
+            os.close(fd)
+
+
 class Channel:
     """One agent. Closing its input makes it kill its ranks and go."""
 
-    def __init__(self, host: str, process: subprocess.Popen[bytes], errors: int | None = None) -> None:
-        if process.stdin is None or process.stdout is None:
-            raise ValueError("an agent's process needs both pipes")
+    def __init__(self, host: str, process: Way, errors: int | None = None) -> None:
         self.host = host
         self.heard_at = time.monotonic()
         """When the agent last said something."""
@@ -86,13 +132,13 @@ class Channel:
     def hang_up(self) -> None:
         """Asks the agent to end."""
         self.outbox.broken = True  # the descriptor's number will be somebody else's
-        if self._process.stdin and not self._process.stdin.closed:
+        if not self._process.stdin.closed:
             self._process.stdin.close()
 
     def close(self, timeout_s: float = 5.0) -> int | None:
         """Ends the agent and returns its exit code (-n for signal n); None: it had to be killed."""
         self.hang_up()
-        ended = self._process.poll() is not None or _ends_within(self._process.pid, timeout_s)
+        ended = self._process.ends_within(timeout_s)
         if not ended:
             self._process.kill()
         code = self._process.wait()
@@ -120,20 +166,22 @@ class Channel:
         return event if self._greeted else None
 
 
-Transport = Callable[[HostEntry], Channel]
-"""Starts the agent of one host."""
+Transport = Callable[[Sequence[HostEntry]], Iterator[Channel]]
+"""Starts the agents of hosts, in their order."""
 
 
-def start(entry: HostEntry) -> Channel:
-    """An agent on this machine where the entry names it, else over ssh."""
-    return local(entry) if entry.user is None and entry.host in (LOCAL, socket.gethostname()) else ssh(entry)
+def start(entries: Sequence[HostEntry]) -> Iterator[Channel]:
+    """An agent on this machine for the entry that names it, one over ssh for every other."""
+    for entry in entries:
+        here = entry.user is None and entry.host in (LOCAL, socket.gethostname())
+        yield local(entry) if here else ssh(entry)
 
 
 def local(entry: HostEntry) -> Channel:
     """An agent on this machine."""
     # A session of its own: Ctrl-C at the terminal reaches the launcher alone, which decides what to do.
     process = subprocess.Popen(AGENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-    return Channel(entry.host, process)
+    return Channel(entry.host, Spawned(process))
 
 
 def ssh(entry: HostEntry) -> Channel:
@@ -151,18 +199,7 @@ def ssh(entry: HostEntry) -> Channel:
         )
     except OSError as fault:
         raise LaunchError(f'{entry.host}: cannot start "ssh": {fault.strerror}; install an ssh client') from fault
-    return Channel(entry.host, process, errors)
-
-
-def _ends_within(pid: int, timeout_s: float) -> bool:
-    """Waits for a child; Popen.wait() with a time limit would look every 50 ms only, and --dry-run feels that."""
-    fd = os.pidfd_open(pid)
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    try:
-        return bool(poll.poll(timeout_s * 1000))
-    finally:
-        os.close(fd)
+    return Channel(entry.host, Spawned(process), errors)
 
 
 def _tail(fd: int) -> bytes:

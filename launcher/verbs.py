@@ -115,8 +115,9 @@ def _kill(argv: Sequence[str]) -> int:
 
 
 def _doctor(argv: Sequence[str]) -> int:
-    from launcher import cli, diagnosis, discover, doctor, transport
+    from launcher import diagnosis, discover, doctor
     from launcher.config import LaunchSettings
+    from launcher.reach import reach
 
     parser = _parser("doctor")
     for name in ("--hostfile", "--hosts", "--include", "--exclude"):
@@ -124,9 +125,9 @@ def _doctor(argv: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="without what needs torch")
     given = vars(parser.parse_args(argv))
     run_dir, quick = str(Path(given.pop("runs_dir")).absolute()), given.pop("quick")
-    hosts = cli.hosts_of(LaunchSettings(**given))
-    with discover.agents(hosts, transport.start) as agents:
-        found = doctor.look(agents, hosts, run_dir, with_torch=not quick)
+    way = reach(LaunchSettings(**given), os.environ)
+    with discover.agents(way.hosts, way.transport) as agents:
+        found = doctor.look(agents, way.hosts, run_dir, with_torch=not quick)
     sys.stdout.write(render.table(diagnosis.HEAD, diagnosis.overview(found)) + "\n\n")
     rows = diagnosis.problems(found)
     text = render.table(("host", "problem", "cure"), rows) if rows else "nothing wrong was found"

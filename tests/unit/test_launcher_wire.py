@@ -15,7 +15,7 @@ from launcher.config import Program
 from launcher.errors import LaunchError, UserError
 from launcher.plan import NodePlan
 from launcher.roster import Process
-from launcher.transport import Channel
+from launcher.transport import Channel, Spawned
 from launcher.wire import Lines, Outbox
 
 
@@ -37,7 +37,7 @@ def test_nobody_waits_for_a_reader():
 
 def channel_to(code: str) -> Channel:
     words = [sys.executable, "-c", code]
-    return Channel("node1", subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    return Channel("node1", Spawned(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
 
 
 def test_what_a_login_prints_is_no_event():

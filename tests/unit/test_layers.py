@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = {
-    "values": ["errors", "cpuset", "hostnames", "redaction", "binding", "patience"],
-    "describe": ["hostfile", "hostselect", "network", "topology", "config", "cluster", "plan"],
+    "values": ["errors", "cpuset", "hostnames", "redaction", "binding", "patience", "frames"],
+    "describe": ["hostfile", "hostselect", "network", "topology", "config", "cluster", "plan", "slurm"],
     "decide": [
         "placement",
         "explain",
@@ -58,6 +58,9 @@ LAYERS = {
             "console",
             "run",
             "series",
+            "branch",
+            "trunk",
+            "reach",
         ),
     ],
     "enter": ["flags", "cli", "verbs"],
