@@ -1,4 +1,7 @@
-"""Programs that the tests start as ranks."""
+"""Programs that the tests start as ranks.
+
+Those that open a gloo group leave by os._exit: torch 2.13 can abort an interpreter that is taken down after one.
+"""
 
 SLEEP = """
 import os, signal, subprocess, sys, time
@@ -24,9 +27,10 @@ total = torch.ones(1)
 dist.all_reduce(total)
 print("sum", int(total), "cwd", os.getcwd(), "store", os.environ["MASTER_ADDR"], flush=True)
 dist.destroy_process_group()
+os._exit(0)
 """
 ACCELERATE = """
-import torch
+import os, torch
 from accelerate import Accelerator
 accelerator = Accelerator(cpu=True)
 model, optimizer = torch.nn.Linear(2, 1), None
@@ -41,6 +45,7 @@ for batch in data:
     seen += 1
 print("ranks", accelerator.num_processes, "seen", int(accelerator.reduce(torch.tensor(seen), "sum")), flush=True)
 accelerator.end_training()
+os._exit(0)
 """
 HOG = """
 import os, time
@@ -61,7 +66,7 @@ if __name__ == "__main__":
     print("loaders", sorted(seen), "rank", sorted(os.sched_getaffinity(0)), flush=True)
 """
 DEEPSPEED = """
-import deepspeed, torch, torch.distributed as dist
+import os, deepspeed, torch, torch.distributed as dist
 deepspeed.init_distributed(dist_backend="gloo")
 model = torch.nn.Linear(4, 1)
 config = {
@@ -77,4 +82,5 @@ for _ in range(2):
     engine.step()
 print("ranks", dist.get_world_size(), "steps", engine.global_steps, flush=True)
 dist.destroy_process_group()
+os._exit(0)
 """

@@ -25,6 +25,7 @@ table inet blocked {{
   }}
 }}
 """
+NEXT_PROCESS = "open('/proc/sys/kernel/ns_last_pid', 'w').write('5000')"
 unused = iter(STORE_PORTS)  # a connection that was cut keeps its port for minutes
 
 
@@ -145,6 +146,19 @@ def test_a_wrong_interface_is_an_error_that_names_it(hosts: Hosts, interface: st
     assert words in second, second
     assert took(first) < TIMEOUT_S + 6
     assert took(second) < TIMEOUT_S + 6
+
+
+def test_two_hosts_that_look_like_one_process_are_refused(hosts: Hosts) -> None:
+    """As in containers: one host name, and ranks with equal process ids."""
+    hosts[1].run("hostname", hosts[0].name)
+    try:
+        for host in hosts.hosts[:2]:
+            host.run(sys.executable, "-c", NEXT_PROCESS)
+        texts = end(start(hosts, "steady.py", str(TIMEOUT_S)))
+    finally:
+        hosts[1].run("hostname", hosts[1].name)
+    for text in texts:
+        assert "oneCCL takes two such ranks for one: give every host a name of its own" in text, text
 
 
 def took(text: str) -> float:
