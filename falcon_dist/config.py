@@ -23,6 +23,7 @@ Loss = Literal["all", "answers"]
 OnBad = Literal["stop", "skip"]
 TextBy = Literal["line", "paragraph", "document"]
 MixUntil = Literal["first", "all"]
+StrategyName = Literal["ddp", "lora"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +141,19 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters (Hu and others 2021, arXiv:2106.09685), for strategy="lora"."""
+
+    rank: int = 16
+    """Columns of A and rows of B in W + alpha / rank x B A."""
+    alpha: float = 32.0
+    dropout: float = 0.0
+    """Share of an adapter's inputs that are dropped while training."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get an adapter; none: the attention's, by the model's family."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
     """How many rows a step takes and how long it goes on."""
 
@@ -217,6 +231,10 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    strategy: StrategyName = "ddp"
+    """What is trained and how ranks hold its state; docs/memory.md compares them. ddp: all weights, everything on every
+    rank; lora: adapters only."""
     precision: Precision = "bf16"
     """bf16: bf16 weights and compute, exact fp32 master state; bf16-autocast: fp32 weights, bf16 compute; fp32."""
     seed: int = 0

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from falcon_dist.config import OptimConfig, TrainConfig
-from falcon_dist.engine.adamw import MasterAdamW
 from falcon_dist.engine.form import TrainingForm
 from falcon_dist.masking import Masking
 from falcon_dist.metrics import Reporter, StepRecord
@@ -87,39 +87,42 @@ def learning_rate_factor(config: OptimConfig, total_steps: int) -> Callable[[int
     return factor
 
 
-def make_scheduler(optimizer: MasterAdamW, config: OptimConfig, schedule: Schedule, start: int) -> LambdaLR:
+def make_scheduler(optimizer: Optimizer, config: OptimConfig, schedule: Schedule, start: int) -> LambdaLR:
     """The schedule as seen from step ``start``: it depends on the step alone, so nothing of it must be kept."""
     factor = learning_rate_factor(config, schedule.total_steps)
     return LambdaLR(optimizer, lambda step: factor(start + step))
 
 
-def trainer_settings(config: TrainConfig, schedule: Schedule, start: int, output_dir: str) -> SFTConfig:
+def trainer_settings(
+    config: TrainConfig, schedule: Schedule, start: int, output_dir: str, **of_strategy: Any
+) -> SFTConfig:
     """SFTConfig for rows that are ready as they are; what it would save, log or shuffle itself is turned off."""
-    return SFTConfig(
-        output_dir=output_dir,
-        run_name=Path(output_dir).name,
-        use_cpu=True,
-        bf16=config.precision == "bf16-autocast",
-        per_device_train_batch_size=config.loop.micro_batch,
-        gradient_accumulation_steps=schedule.grad_accum,
-        max_steps=schedule.total_steps - start,
-        max_grad_norm=config.optim.max_grad_norm,
-        gradient_checkpointing=config.loop.grad_checkpointing,
-        train_sampling_strategy="sequential",
-        dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        max_length=None,
-        packing=False,
-        seed=config.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=False,
-    )
+    settings = {
+        "output_dir": output_dir,
+        "run_name": Path(output_dir).name,
+        "use_cpu": True,
+        "bf16": config.precision == "bf16-autocast",
+        "per_device_train_batch_size": config.loop.micro_batch,
+        "gradient_accumulation_steps": schedule.grad_accum,
+        "max_steps": schedule.total_steps - start,
+        "max_grad_norm": config.optim.max_grad_norm,
+        "gradient_checkpointing": config.loop.grad_checkpointing,
+        "train_sampling_strategy": "sequential",
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "remove_unused_columns": False,
+        "max_length": None,
+        "packing": False,
+        "seed": config.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": False,
+    }
+    return SFTConfig(**{**settings, **of_strategy})
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]

@@ -36,7 +36,7 @@ def resume_point(run: Run) -> checkpoint.Checkpoint | None:
 def _check_same_run(run: Run, chosen: checkpoint.Checkpoint) -> None:
     """Raises UserError where going on would train other rows than the run began with."""
     now = run_facts(run)
-    for key in ("rows", "global_batch", "seed", "total_steps", "precision"):
+    for key in ("rows", "global_batch", "seed", "total_steps", "precision", "strategy"):
         if chosen.facts[key] != now[key]:
             raise UserError(
                 f'--resume: {key} was "{chosen.facts[key]}" when {chosen.path.name} was saved and is "{now[key]}" '

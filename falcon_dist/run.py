@@ -16,6 +16,7 @@ from falcon_dist.order import Schedule
 from falcon_dist.prepare import Prepared
 from falcon_dist.rows import PackedStore
 from falcon_dist.strategy.memory import replicated
+from falcon_dist.strategy.replicated import Replicated
 from falcon_dist.world import World
 
 
@@ -30,6 +31,7 @@ class Run:
     store: PackedStore
     schedule: Schedule
     reporter: Reporter
+    strategy: Replicated
 
     @property
     def checkpoints(self) -> Path:
@@ -46,6 +48,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "total_steps": run.schedule.total_steps,
         "seed": run.config.seed,
         "precision": run.config.precision,
+        "strategy": run.config.strategy,
     }
 
 

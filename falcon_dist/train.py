@@ -12,16 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from falcon_dist import affinity, checkpoint, contract, masking, stacks, train_state
+from falcon_dist import affinity, checkpoint, contract, masking, stacks
 from falcon_dist.chat_template import set_template
 from falcon_dist.config import TrainConfig
 from falcon_dist.contract import RankResult
-from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
 from falcon_dist.engine.form import TrainingForm, choose
+from falcon_dist.engine.named import NamedOptimizer
 from falcon_dist.engine.native import load_model, load_tokenizer
 from falcon_dist.keeping import check_keeping, settle
 from falcon_dist.loop import (
@@ -46,6 +44,7 @@ from falcon_dist.process_group import open_group, same_everywhere
 from falcon_dist.resume import resume_point
 from falcon_dist.rows import PackedStore
 from falcon_dist.run import Run, closing_lines, opening_lines, run_facts
+from falcon_dist.strategy.choice import make_strategy
 from falcon_dist.tracking import check_tracking, evaluation_logs, trackers
 from falcon_dist.world import World
 
@@ -92,7 +91,9 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
         store=store,
         schedule=schedule,
         reporter=reporter,
+        strategy=make_strategy(config, world),
     )
+    run.strategy.check(schedule)
     check_evaluate(config.evaluate, len(store.evaluation), prompts_of(config.evaluate) if world.is_main else ())
     check_tracking(config.report)
     check_keeping(config.checkpoint, evaluates=bool(config.evaluate.every and len(store.evaluation)))
@@ -109,6 +110,7 @@ def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Train
         set_template(tokenizer, run.config.data.template)
         model = load_model(run.prepared.model, run.config.model, run.config.precision)
         masking.check_packing(model.config, run.config.data.packing_kind != "off")
+        run.strategy.ready(model)
         chosen = resume_point(run) if resume else None
     before = measure_base(run, model, tokenizer)
     monitor = make_monitor(run, model, tokenizer, chosen)
@@ -139,16 +141,10 @@ def _fit(
 ) -> int:
     """Trains from the chosen checkpoint, or from the start, to the last step, whose number it returns."""
     start = chosen.step if chosen else 0
-    optimizer = MasterAdamW(
-        decayed_groups(model.named_parameters(), run.config.optim.weight_decay),
-        lr=run.config.optim.lr,
-        betas=(run.config.optim.beta1, run.config.optim.beta2),
-        eps=run.config.optim.eps,
-    )
+    optimizer = run.strategy.make_optimizer(model)
     if chosen:
         with run.reporter.phase("load"):
-            train_state.load_weights(chosen.path, model)
-            train_state.load_optimizer(chosen.path, model, optimizer)
+            run.strategy.load(chosen.path, model, optimizer)
     if start >= run.schedule.total_steps or monitor.stopped:
         run.reporter.line(f"all {start} steps are done already")
         return start
@@ -162,7 +158,7 @@ def _run_trainer(
     run: Run,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    optimizer: MasterAdamW,
+    optimizer: NamedOptimizer,
     form: TrainingForm,
     *,
     start: int,
@@ -182,7 +178,7 @@ def _run_trainer(
     trainer = PackedTrainer(
         form=form,
         model=model,
-        args=trainer_settings(run.config, run.schedule, start, str(run.folder)),
+        args=trainer_settings(run.config, run.schedule, start, str(run.folder), **run.strategy.settings()),
         train_dataset=row_stream(run.schedule, start),
         data_collator=collator,
         processing_class=tokenizer,
@@ -192,7 +188,7 @@ def _run_trainer(
     trainer.remove_callback(PrinterCallback)  # steps are told by our own callback
     check_trainer(trainer, run.world)
     trainer.train()
-    check_wrapped(trainer.model_wrapped, run.world)
+    run.strategy.check_wrapped(trainer.model_wrapped)
     if callback.last_step != run.schedule.total_steps and not monitor.stopped:
         raise RuntimeError(f"trained to step {callback.last_step} of {run.schedule.total_steps}")
     if monitor.stopped:
@@ -218,30 +214,23 @@ def check_trainer(trainer: PackedTrainer, world: World) -> None:
         )
 
 
-def check_wrapped(model: torch.nn.Module, world: World) -> None:
-    """Raises RuntimeError where the trainer did not wrap the model for the world that was launched."""
-    if world.world_size > 1 and not isinstance(model, DistributedDataParallel):
-        raise RuntimeError(f"the trainer was to wrap the model in DistributedDataParallel, not {type(model).__name__}")
-
-
 def _save(
     run: Run,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    optimizer: MasterAdamW,
+    optimizer: NamedOptimizer,
     *,
     step: int,
     monitor: Monitor,
 ) -> None:
-    """Rank 0 commits; the others meet it at the next collective."""
+    """Rank 0 commits; the others give what is theirs, if anything, and meet it at the next collective."""
     if not run.world.is_main:
+        run.strategy.save(None, model, tokenizer, optimizer)
         return
     with run.reporter.phase("save"):
         run.checkpoints.mkdir(exist_ok=True)
         facts = {**run_facts(run), "evaluations": monitor.points}
         with checkpoint.committed(run.checkpoints, step, facts) as folder:
-            train_state.save_weights(folder, model, tokenizer, run.config.checkpoint.max_shard_size)
-            if run.config.checkpoint.optimizer:
-                train_state.save_optimizer(folder, model, optimizer)
+            run.strategy.save(folder, model, tokenizer, optimizer)
         settle(run.checkpoints, step, run.config.checkpoint, monitor.best_step)
     run.reporter.checkpoint(run.checkpoints / checkpoint.folder_name(step), step)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from falcon_dist.checkpoint import TRAIN_STATE
 from falcon_dist.contract import UserError
-from falcon_dist.engine.adamw import MasterAdamW
+from falcon_dist.engine.named import NamedOptimizer
 
 COUNTERS: Final = "counters.json"
 SHARD_BYTES: Final = 2 << 30
@@ -27,7 +27,7 @@ def save_weights(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
     tokenizer.save_pretrained(folder)
 
 
-def save_optimizer(folder: Path, model: PreTrainedModel, optimizer: MasterAdamW) -> None:
+def save_optimizer(folder: Path, model: PreTrainedModel, optimizer: NamedOptimizer) -> None:
     """The optimizer's state under parameter names, bit for bit."""
     state_dir = folder / TRAIN_STATE
     state_dir.mkdir()
@@ -58,7 +58,7 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
         raise RuntimeError(f"{folder}: weights do not fit the model: missing {missing}, unexpected {unexpected}")
 
 
-def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: MasterAdamW) -> None:
+def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: NamedOptimizer) -> None:
     """Gives the optimizer the state that ``save_optimizer`` kept.
 
     Raises:

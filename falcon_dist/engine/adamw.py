@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
+
+from falcon_dist.engine.named import NamedOptimizer
 
 STATE_NAMES = ("master", "exp_avg", "exp_avg_sq")
 
 
-class MasterAdamW(Optimizer):
+class MasterAdamW(NamedOptimizer):
     """AdamW (arXiv:1711.05101) whose master weights and moments are fp32; torch's fused kernel does the step.
 
     A bf16 weight keeps an fp32 master beside it and is that master, rounded, after each step; an fp32
@@ -28,7 +29,6 @@ class MasterAdamW(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.steps = 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -70,42 +70,14 @@ class MasterAdamW(Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what ``state_dict`` gave, in the dtypes it has.
-
-        torch's own method rounds floating state to the parameter's dtype, and accelerate calls it on
-        every optimizer it wraps: bf16 weights would lose their fp32 masters without a word.
-        """
-        params = [param for group in self.param_groups for param in group["params"]]
-        for param, index in zip(params, _indices(state_dict), strict=True):
-            if index in state_dict["state"]:
-                self.state[param] = dict(state_dict["state"][index])
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
-
-    def named_state(self, names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tensor]:
-        """{"exp_avg/lm_head.weight": tensor, ...} of every parameter that was stepped; the tensors are not copied."""
-        return {
-            f"{kind}/{names[param]}": tensor for param, state in self.state.items() for kind, tensor in state.items()
-        }
-
     def load_named_state(
         self, names: Mapping[torch.Tensor, str], state: Mapping[str, torch.Tensor], steps: int
     ) -> None:
-        """Takes what ``named_state`` gave, bit for bit.
-
-        Raises:
-            KeyError: a parameter's state is missing.
-        """
         for group in self.param_groups:
             for param in group["params"]:
                 kinds = STATE_NAMES if param.dtype != torch.float32 else STATE_NAMES[1:]
                 self.state[param] = {kind: state[f"{kind}/{names[param]}"] for kind in kinds}
         self.steps = steps
-
-
-def _indices(state_dict: Mapping[str, Any]) -> list[int]:
-    return [index for group in state_dict["param_groups"] for index in group["params"]]
 
 
 def decayed_groups(named: Iterable[tuple[str, torch.Tensor]], weight_decay: float) -> list[dict[str, Any]]:

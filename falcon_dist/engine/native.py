@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Final
 
 import torch
 from transformers import (
@@ -19,6 +21,8 @@ from falcon_dist.contract import UserError
 from falcon_dist.engine.attention import SEGMENTS, register
 from falcon_dist.engine.form import FAMILIES
 
+ADAPTER_CONFIG: Final = "adapter_config.json"
+"""What peft writes beside adapters."""
 WEIGHT_DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "bf16-autocast": torch.float32,
@@ -28,6 +32,8 @@ WEIGHT_DTYPES: dict[Precision, torch.dtype] = {
 
 def load_model(source: Path | str, config: ModelConfig, precision: Precision) -> PreTrainedModel:
     """The model with its weights in the precision's dtype, in training mode and in plain form (see form.py).
+
+    A folder of adapters gives the model they were trained on with them beside its layers.
 
     Raises:
         UserError: there is no such model, or its files do not load.
@@ -51,6 +57,21 @@ def load_model(source: Path | str, config: ModelConfig, precision: Precision) ->
     model.config._attn_implementation = "eager" if config.attention == "eager" else "sdpa"
     model.train()
     return model
+
+
+def base_of(source: Path | str) -> str:
+    """The model that a folder of adapters was trained on; any other model is its own.
+
+    Raises:
+        UserError: the adapters do not tell.
+    """
+    told = Path(source) / ADAPTER_CONFIG
+    if not told.is_file():
+        return str(source)
+    try:
+        return str(json.loads(told.read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{told}: does not name the model it was trained on") from error
 
 
 def _attention(source: Path | str, config: ModelConfig) -> str:
@@ -83,7 +104,7 @@ def load_config(source: Path | str, config: ModelConfig) -> PreTrainedConfig:
         UserError: there is no such model.
     """
     try:
-        return AutoConfig.from_pretrained(str(source), revision=_revision(source, config))
+        return AutoConfig.from_pretrained(base_of(source), revision=_revision(source, config))
     except (OSError, ValueError) as error:
         raise UserError(f'model.name: cannot load "{source}": {_first_line(error)}') from error
 

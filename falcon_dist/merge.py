@@ -1,0 +1,62 @@
+"""``falcon merge ADAPTER --into FOLDER``: a plain model with the adapters of a LoRA run added to its weights."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from falcon_dist import checkpoint
+from falcon_dist.config import ModelConfig
+from falcon_dist.contract import UserError
+from falcon_dist.engine.native import ADAPTER_CONFIG, base_of, load_model, load_tokenizer
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The verb's own flags."""
+    parser = argparse.ArgumentParser(prog="falcon merge", description=__doc__, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("adapter", type=Path, help="a checkpoint folder of a LoRA run")
+    flag("--into", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    flag("--base", metavar="MODEL", help="the model they were trained on, where it is no longer at its place")
+    flag("--precision", choices=("bf16", "fp32"), default="bf16", help="of the weights written (bf16)")
+    flag("--max-shard-size", default="5GB", help="largest weights file (5GB)")
+    return parser.parse_args(argv)
+
+
+def merge(argv: Sequence[str]) -> int:
+    """Loads both, adds B A x alpha / rank to each adapted weight, and writes what plain transformers loads.
+
+    Raises:
+        UserError: there are no adapters, they do not verify, their model cannot be had, or FOLDER exists.
+    """
+    args = parse_args(argv)
+    facts = _facts_of(args.adapter)
+    if args.into.exists():
+        raise UserError(f'falcon merge: "{args.into}" exists already; name a new folder')
+    config = ModelConfig(name=args.base or base_of(args.adapter))
+    model = PeftModel.from_pretrained(load_model(config.name, config, args.precision), args.adapter)
+    tokenizer = load_tokenizer(args.adapter, config)
+    merged = model.merge_and_unload(safe_merge=True)
+    out = args.into.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.written(out, {**facts, "merged": str(args.adapter), "made_from": config.name}) as folder:
+        merged.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        tokenizer.save_pretrained(folder)
+    print(f"{config.name} with {args.adapter}: {args.into}")
+    return 0
+
+
+def _facts_of(adapter: Path) -> dict[str, Any]:
+    """What the checkpoint's manifest tells of its run, its bytes verified; nothing for adapters of others."""
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise UserError(f'falcon merge: no {ADAPTER_CONFIG} in "{adapter}"; give a checkpoint of a LoRA run')
+    if not (adapter / checkpoint.MANIFEST).is_file():
+        return {"step": 0}
+    fault = checkpoint.fault_of(adapter)
+    if fault:
+        raise UserError(f'falcon merge: "{adapter}" cannot be trusted: {fault}')
+    return dict(checkpoint.read(adapter).facts)

@@ -1,0 +1,101 @@
+"""Low-rank adapters by peft: the weights stay as they are, and only small matrices beside them are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from falcon_dist import train_state
+from falcon_dist.config import LoraConfig, StrategyName
+from falcon_dist.contract import UserError
+from falcon_dist.engine.named import NamedOptimizer
+from falcon_dist.order import Schedule
+from falcon_dist.strategy.replicated import Replicated
+
+WEIGHTS_FILE: Final = "adapter_model.safetensors"
+ATTENTION_LAYERS: Final[dict[str, tuple[str, ...]]] = {
+    "falcon": ("query_key_value",),
+    "llama": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
+"""What gets an adapter where lora.targets names nothing."""
+
+
+class Lora(Replicated):
+    """strategy="lora": every rank holds the frozen weights, shared with others of its host, and trains adapters."""
+
+    name: StrategyName = "lora"
+
+    def check(self, schedule: Schedule) -> None:
+        lora = self.config.lora
+        if lora.rank < 1:
+            raise UserError(f'lora.rank must be at least 1: "{lora.rank}"')
+        if not 0 <= lora.dropout < 1:
+            raise UserError(f'lora.dropout must be at least 0 and below 1: "{lora.dropout}"')
+
+    def ready(self, model: PreTrainedModel) -> None:
+        """Adds adapters, B = 0, in the dtype of the weights; everything else is frozen."""
+        targets = targets_of(model, self.config.lora)
+        torch.manual_seed(self.config.seed)
+        model.add_adapter(_peft_config(self.config.lora, targets))
+        # DDP sends all it knows of from rank 0 at start: frozen weights would be written, and no longer be shared.
+        frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
+
+    def load(self, folder: Path, model: PreTrainedModel, optimizer: NamedOptimizer) -> None:
+        _load_adapters(folder, model)
+        train_state.load_optimizer(folder, model, optimizer)
+
+
+@torch.no_grad()
+def _load_adapters(folder: Path, model: PreTrainedModel) -> None:
+    """Adapters from a file of peft's, which names them without the "default" that they have in a model."""
+    weights = load_file(folder / WEIGHTS_FILE)
+    for param, name in train_state.parameter_names(model).items():
+        param.copy_(weights.pop(f"base_model.model.{name.replace('.default.', '.')}"))
+    if weights:
+        raise RuntimeError(f"{folder}: adapters do not fit the model: unexpected {sorted(weights)}")
+
+
+def _peft_config(lora: LoraConfig, targets: Sequence[str]) -> PeftLoraConfig:
+    return PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=list(targets),
+    )
+
+
+def targets_of(model: PreTrainedModel, lora: LoraConfig) -> tuple[str, ...]:
+    """Names of the layers that get an adapter.
+
+    Raises:
+        UserError: a name is of no linear layer, or there is none for this kind of model.
+    """
+    head = model.get_output_embeddings()
+    layers = [n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    known = sorted({*layers})
+    targets = lora.targets or ATTENTION_LAYERS.get(model.config.model_type, ())
+    if not targets:
+        raise UserError(
+            f'lora.targets: which layers? none are known for "{model.config.model_type}"; it has {", ".join(known)}'
+        )
+    for name in targets:
+        if name not in known:
+            raise UserError(f'lora.targets: the model has no such linear layer: "{name}"; it has {", ".join(known)}')
+    return tuple(targets)
+
+
+def trained_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
+    """Parameters of the adapters that ``ready`` would add; the model may be on the meta device."""
+    targets = targets_of(model, lora)
+    found = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets]
+    return sum(lora.rank * (layer.in_features + layer.out_features) for layer in found)
