@@ -100,7 +100,7 @@ def test_chat_and_compare_take_a_folder_of_adapters(whole: Path, tmp_path: Path)
 
 
 def test_what_cannot_be_merged_is_refused(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no adapter_config.json in"):
+    with pytest.raises(UserError, match=r"no adapter_config\.json in"):
         merge([str(whole / "model"), "--into", str(tmp_path / "x")])
     with pytest.raises(UserError, match="exists already"):
         merge([str(last(whole)), "--into", str(whole / "model")])
