@@ -11,7 +11,7 @@ CXX_FOUND := $(shell command -v g++)
 EXTRAS := demo,dev$(if $(CXX_FOUND),$(COMMA)oneccl)
 PROJECT := pyproject.toml constraints.txt Makefile
 
-.PHONY: demo demo-labels check-demo test lint setup clean test-cluster test-slurm test-kills test-trackers
+.PHONY: demo demo-labels check-demo test lint setup clean test-cluster test-slurm test-kills test-numa test-trackers
 
 setup: $(READY)
 
@@ -70,6 +70,11 @@ chaos: $(READY)
 
 chaos-quick: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m chaos --quick
+
+# Real binding to sockets and NUMA nodes, in an emulated machine: a few minutes; on Debian
+# apt-get install -y --no-install-recommends qemu-system-x86 linux-image-cloud-amd64
+test-numa: $(READY)
+	$(BIN)/python -m pytest tests/cluster/test_numa_guest.py -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check
