@@ -19,6 +19,8 @@ SEGMENTS: Final = "segments"
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_SHARES_HEADS: Final = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
+"""The forward kernel takes fewer heads of keys than of queries; that of torch 2.8 reads past them without a word."""
 
 _Span = tuple[slice, slice, slice]
 """Index of a segment in a [B, H, T, ...] tensor."""
@@ -59,6 +61,8 @@ def segment_attention(
         [B, H, T, D] output and [B, H, T] fp32 log-sum-exp of the scores, kept for the backward pass.
     """
     batch, heads, length, _ = query.shape
+    if not _SHARES_HEADS:
+        key, value = (_expand(x, heads // x.shape[1]) for x in (key, value))
     out = torch.empty_like(query)
     norms = torch.empty(batch, length, heads, dtype=torch.float32).transpose(1, 2)
     for span in spans(position_ids, batch):
