@@ -23,7 +23,7 @@ Loss = Literal["all", "answers"]
 OnBad = Literal["stop", "skip"]
 TextBy = Literal["line", "paragraph", "document"]
 MixUntil = Literal["first", "all"]
-StrategyName = Literal["ddp", "lora"]
+StrategyName = Literal["ddp", "lora", "full-lowmem"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,7 +234,7 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     strategy: StrategyName = "ddp"
     """What is trained and how ranks hold its state; docs/memory.md compares them. ddp: all weights, everything on every
-    rank; lora: adapters only."""
+    rank; lora: adapters only; full-lowmem: all weights, each stepped as soon as its gradient is there."""
     precision: Precision = "bf16"
     """bf16: bf16 weights and compute, exact fp32 master state; bf16-autocast: fp32 weights, bf16 compute; fp32."""
     seed: int = 0

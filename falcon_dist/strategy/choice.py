@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from falcon_dist.config import TrainConfig
 from falcon_dist.strategy.lora import Lora
+from falcon_dist.strategy.lowmem import FullLowMemory
 from falcon_dist.strategy.replicated import Replicated
 from falcon_dist.world import World
 
-_STRATEGIES: tuple[type[Replicated], ...] = (Replicated, Lora)
+_STRATEGIES: tuple[type[Replicated], ...] = (Replicated, Lora, FullLowMemory)
 
 
 def make_strategy(config: TrainConfig, world: World) -> Replicated:

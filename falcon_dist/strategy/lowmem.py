@@ -1,0 +1,81 @@
+"""Full fine-tuning in little memory: each weight is stepped inside backward and its gradient freed at once.
+
+The way of LOMO (Lv and others 2023, arXiv:2306.09782), with Adafactor's update in the place of plain descent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from falcon_dist.config import StrategyName
+from falcon_dist.contract import UserError
+from falcon_dist.engine.adafactor import Adafactor
+from falcon_dist.engine.adamw import decayed_groups
+from falcon_dist.order import Schedule
+from falcon_dist.strategy.replicated import Replicated
+
+
+class FullLowMemory(Replicated):
+    """strategy="full-lowmem": every rank holds all weights in bf16, no whole gradient and no master copy.
+
+    A weight that is used twice (a tied embedding) gets its gradient, and its step, when backward is at its first use:
+    last. Ranks average each gradient when it is there, in backward's order, which is the same on all of them.
+    """
+
+    name: StrategyName = "full-lowmem"
+
+    def check(self, schedule: Schedule) -> None:
+        if self.config.precision != "bf16":
+            raise UserError(f'precision: strategy "full-lowmem" trains bf16 weights: "{self.config.precision}"')
+        if schedule.grad_accum > 1:
+            raise UserError(
+                f'loop: strategy "full-lowmem" frees each gradient at once and cannot accumulate {schedule.grad_accum} '
+                f"micro-batches; set loop.micro_batch={schedule.micro_batch * schedule.grad_accum} and "
+                "loop.grad_accum=1, or use more ranks"
+            )
+
+    def make_optimizer(self, model: PreTrainedModel) -> Adafactor:
+        """Adafactor, hooked to every parameter: its gradient is taken as soon as it is whole."""
+        optim = self.config.optim
+        optimizer = Adafactor(
+            decayed_groups(model.named_parameters(), optim.weight_decay),
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            max_grad_norm=optim.max_grad_norm,
+            seed=self.config.seed,
+        )
+        names = {param: name for name, param in model.named_parameters()}
+
+        def take(param: Tensor) -> None:
+            grad, param.grad = param.grad, None
+            assert grad is not None
+            self._average(grad)
+            try:
+                optimizer.step_one(param, grad)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{names[param]}: {error} at step {optimizer.steps + 1}") from error
+
+        for param in names:
+            param.register_post_accumulate_grad_hook(take)
+        # Not to be wrapped in DDP, whose buckets hold every gradient.
+        model._is_accelerate_prepared = True
+        return optimizer
+
+    def _average(self, grad: Tensor) -> None:
+        if self.world.world_size > 1:
+            dist.all_reduce(grad)
+            grad.div_(self.world.world_size)
+
+    def settings(self) -> dict[str, Any]:
+        """Clipping is done for each weight by itself, where its gradient is."""
+        return {"max_grad_norm": 0.0, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+    def check_wrapped(self, model: torch.nn.Module) -> None:
+        if isinstance(model, DistributedDataParallel):
+            raise RuntimeError("the trainer wrapped the model, whose gradients would be held whole")  # noqa: TRY004

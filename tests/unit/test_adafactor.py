@@ -1,0 +1,123 @@
+"""Adafactor against transformers' own in fp32, its rounding, and what is held while backward goes on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import SHAPES, falcon_7b, make_model
+from transformers.optimization import Adafactor as Reference
+
+from falcon_dist.config import OptimConfig, TrainConfig
+from falcon_dist.contract import UserError
+from falcon_dist.engine import adafactor
+from falcon_dist.engine.adafactor import Adafactor, round_stochastic_
+from falcon_dist.order import Schedule
+from falcon_dist.strategy.lowmem import FullLowMemory
+from falcon_dist.world import World
+
+
+def gradients(step: int, shapes: list[torch.Size]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(shape, generator=generator) * 0.1 for shape in shapes]
+
+
+@pytest.mark.parametrize("block", [16, 1 << 18])
+def test_five_fp32_steps_equal_those_of_transformers(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adafactor, "BLOCK", block)
+    shapes = [torch.Size([24, 10]), torch.Size([7]), torch.Size([3, 40])]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in gradients(99, shapes)] for _ in range(2))
+    mine = Adafactor([{"params": ours}], lr=1e-2, weight_decay=0.1)
+    options = {"scale_parameter": False, "relative_step": False, "weight_decay": 0.1}
+    reference = Reference(theirs, lr=1e-2, **options)
+    for step in range(5):
+        for a, b, grad in zip(ours, theirs, gradients(step, shapes), strict=True):
+            mine.step_one(a, grad.clone())
+            b.grad = grad
+        mine.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_rounding_goes_to_both_neighbours_and_keeps_the_mean() -> None:
+    values = torch.tensor([1.001, -1.001, 3e-5, 0.0]).repeat_interleave(65536)
+    rounded = values.clone()
+    noise = torch.arange(65536, dtype=torch.int32).repeat(4)
+    round_stochastic_(rounded, noise)
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    for before, after in zip(values.view(4, -1), rounded.view(4, -1), strict=True):
+        assert len(after.unique()) == (2 if before[0] else 1)
+        assert torch.isclose(after.double().mean(), before[0].double(), rtol=1e-6)
+
+
+def test_small_updates_are_kept_on_average_where_plain_rounding_loses_them() -> None:
+    weight = torch.nn.Parameter(torch.ones(64, 256, dtype=torch.bfloat16))
+    optimizer = Adafactor([{"params": [weight]}], lr=1e-4)
+    for _ in range(50):
+        optimizer.step_one(weight, torch.ones(64, 256, dtype=torch.bfloat16))
+        optimizer.step()
+    assert torch.equal(torch.tensor(1.0).bfloat16() - 1e-4, torch.tensor(1.0).bfloat16())
+    assert float(weight.detach().float().mean()) == pytest.approx(1 - 50e-4, abs=3e-4)
+
+
+def prepared(shape: str) -> tuple[torch.nn.Module, Adafactor]:
+    model = make_model(SHAPES[shape]()).to(torch.bfloat16)
+    return model, FullLowMemory(TrainConfig(optim=OptimConfig(lr=1e-3)), World()).make_optimizer(model)
+
+
+@pytest.mark.parametrize("shape", ["falcon-7b", "llama"])
+def test_gradients_are_freed_one_by_one_and_the_tied_embedding_is_stepped_last(
+    shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = prepared(shape)
+    held: list[int] = []
+    stepped: list[torch.Tensor] = []
+    step_one = Adafactor.step_one
+
+    def watched(self: Adafactor, param: torch.Tensor, grad: torch.Tensor) -> None:
+        held.append(sum(p.grad is not None for p in model.parameters()))
+        stepped.append(param)
+        step_one(self, param, grad)
+
+    monkeypatch.setattr(Adafactor, "step_one", watched)
+    before = [param.detach().clone() for param in model.parameters()]
+    model(input_ids=torch.arange(32)[None], labels=torch.arange(32)[None]).loss.backward()
+    optimizer.step()
+    assert max(held) == 0
+    assert len(stepped) == len({*stepped}) == len(before)
+    assert stepped[-1] is model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert sum(changed) > len(changed) // 2
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_names_its_weight() -> None:
+    model, _ = prepared("falcon-7b")
+    before = [param.detach().clone() for param in model.parameters()]
+    logits = model(input_ids=torch.arange(8)[None]).logits
+    with pytest.raises(FloatingPointError, match=r"transformer\.ln_f\.\w+: the norm of a gradient is nan at step 1"):
+        (logits.sum() * float("nan")).backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_weight_is_clipped_by_its_own_norm() -> None:
+    """Adafactor forgets a gradient's scale within a step, so clipping shows in what it remembers."""
+    weight = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer = Adafactor([{"params": [weight]}], lr=1e-3, max_grad_norm=1.0)
+    optimizer.step_one(weight, torch.full((4, 4), 100.0))
+    assert torch.allclose(optimizer.state[weight]["row"], torch.full((4,), 1 / 16), rtol=1e-5)
+
+
+def test_accumulation_and_other_precisions_are_refused() -> None:
+    schedule = Schedule(num_rows=8, micro_batch=1, grad_accum=2, world_size=1, total_steps=1, total_rows=2, seed=0)
+    with pytest.raises(UserError, match=r"cannot accumulate 2 micro-batches; set loop\.micro_batch=2"):
+        FullLowMemory(TrainConfig(), World()).check(schedule)
+    with pytest.raises(UserError, match="trains bf16 weights"):
+        FullLowMemory(TrainConfig(precision="fp32"), World()).check(schedule)
+
+
+def test_state_is_a_row_and_a_column_of_each_matrix() -> None:
+    model, optimizer = prepared("falcon-7b")
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    width = falcon_7b().hidden_size
+    state = optimizer.state[model.transformer.h[0].mlp.dense_h_to_4h.weight]
+    assert {kind: tuple(tensor.shape) for kind, tensor in state.items()} == {"row": (4 * width,), "column": (width,)}
