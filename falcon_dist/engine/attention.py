@@ -19,7 +19,7 @@ SEGMENTS: Final = "segments"
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_SHARES_HEADS: Final = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
+_SHARES_HEADS: Final = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 """The forward kernel takes fewer heads of keys than of queries; that of torch 2.8 reads past them without a word."""
 
 _Span = tuple[slice, slice, slice]
