@@ -36,7 +36,7 @@ PidFile none
 MaxStartups 200
 """
 CLIENT = """
-Host node* {network}.*
+Host node* {network}.* {network6}*
   IdentityFile {folder}/id
   IdentitiesOnly yes
   UserKnownHostsFile {folder}/known_hosts
@@ -72,6 +72,7 @@ class Host:
     def __init__(self, hosts: Hosts, number: int) -> None:
         self.name = f"node{number}"
         self.address = f"{hosts.network}.{number}"
+        self.address6 = f"{hosts.network6}{number}"
         self.folder = hosts.folder / self.name
         self.disk = self.folder / "disk"
         """What the host sees at ``Hosts.disk``, seen from outside."""
@@ -173,6 +174,7 @@ class Host:
         pair = ["type", "veth", "peer", "name", self._port, "netns", hosts.switch]
         command("ip", "-n", inside, "link", "add", "eth0", "address", mac, *pair)
         command("ip", "-n", inside, "addr", "add", f"{self.address}/24", "dev", "eth0")
+        command("ip", "-n", inside, "addr", "add", f"{self.address6}/64", "dev", "eth0", "nodad")
         for name in ("lo", "eth0"):
             command("ip", "-n", inside, "link", "set", name, "up")
         command("ip", "-n", hosts.switch, "link", "set", self._port, "master", "br0", "up")
@@ -191,6 +193,7 @@ class Hosts:
         self.prefix = f"f{os.getpid() % 100_000}n"
         self.switch = f"f{os.getpid() % 100_000}sw"
         self.network = f"10.{100 + os.getpid() % 100}.7"
+        self.network6 = "fd00:7::"
         self.started: list[subprocess.Popen[bytes]] = []
         self.hosts = [Host(self, number) for number in range(1, count + 1)]
 
@@ -234,8 +237,8 @@ class Hosts:
         names = [f"{host.address} {host.name}" for host in self.hosts]
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
         public = " ".join((self.folder / "hostkey.pub").read_text().split()[:2])
-        (self.folder / "known_hosts").write_text(f"node*,{self.network}.* {public}\n")
-        values = {"folder": self.folder, "network": self.network}
+        (self.folder / "known_hosts").write_text(f"node*,{self.network}.*,{self.network6}* {public}\n")
+        values = {"folder": self.folder, "network": self.network, "network6": self.network6}
         (self.folder / "sshd_config").write_text(SSHD.format(**values))
         (self.folder / "client" / "hosts.conf").write_text(CLIENT.format(**values))
 

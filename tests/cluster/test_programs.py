@@ -59,6 +59,21 @@ def test_a_stock_deepspeed_script(launch):
     assert done.stdout.count("ranks 3 steps 2") == 3
 
 
+@pytest.mark.parametrize("backend", ["gloo", "ccl"])
+def test_hosts_that_meet_over_ipv6(hosts: Hosts, launch, backend: str):
+    """Named by address and with a user, and told to meet there: nothing goes by IPv4 that we choose."""
+    first, second = hosts[0].address6, hosts[1].address6
+    (hosts[0].disk / "work").mkdir(exist_ok=True)
+    (hosts[0].disk / "work/hosts").write_text(f"root@[{first}] addr=[{first}] slots=1\n[{second}] slots=1\n")
+    program = DDP.replace('("gloo")', f'("{backend}")')
+    if backend == "ccl":
+        program = "import falcon_dist.ccl\n" + program
+    done = launch(program, "--hostfile", "hosts", "--", "program.py", "3", nodes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in range(2):
+        assert f"[rank {rank}] sum 2 cwd {hosts.disk}/work store {first}" in done.stdout
+
+
 def test_loaders_are_not_squeezed_onto_one_core(hosts: Hosts, launch):
     done = launch(LOADERS, "--hosts", "node2", "--nproc-per-node", "1", "--", "program.py", nodes=2)
     assert done.returncode == 0, done.stderr
