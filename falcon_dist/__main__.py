@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from falcon_dist import contract
-from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR, RankResult, UserError
+from falcon_dist.contract import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, RankResult, UserError
 
 SPOKEN: Final = ("chat", "compare", "merge", "preview", "push", "quantize")
 """Verbs for people: each a module with a function of its name."""
@@ -62,7 +62,7 @@ def _run(verb: str, words: list[str]) -> int:
     result = train(config, folder, resume=args.resume).result
     if contract.RANK_DIR in os.environ:
         result.write(Path(os.environ[contract.RANK_DIR]))
-    return 0
+    return EXIT_STOPPED if result.status == "stopped" else 0
 
 
 def _leave_failure(error: str) -> None:
@@ -84,10 +84,10 @@ def _quiet() -> None:
 
 def _leave(code: int) -> NoReturn:
     """Ends the process. torch 2.13 with gloo can abort while the interpreter is taken down, after all is done."""
-    if code == 0 and sys.argv[1:2] == ["train"] and os.environ.get(contract.BACKEND, "gloo") == "gloo":
+    if code in (0, EXIT_STOPPED) and sys.argv[1:2] == ["train"] and os.environ.get(contract.BACKEND, "gloo") == "gloo":
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
     raise SystemExit(code)
 
 

@@ -23,6 +23,11 @@ EXIT_FAILED: Final = 1
 """Exit code where something failed that is nobody's input."""
 EXIT_UNSOUND: Final = 3
 """Exit code of a rank whose numbers cannot be trusted (NaN, replicas that differ): starting again would not help."""
+EXIT_STOPPED: Final = 75
+"""Exit code of a launcher or rank that was asked to make way and has saved: to be started again with --resume.
+
+EX_TEMPFAIL of sysexits.h; a site can name it in Slurm's RequeueExit.
+"""
 NOT_RETRIED: Final = (EXIT_USER_ERROR, EXIT_UNSOUND)
 """Exit codes after which no further attempt is made."""
 
@@ -36,6 +41,8 @@ collective that will never end, so somebody else has to listen. It has ``EMERGEN
 {"event": "checkpoint", "emergency": true}; then, or when it ends, or when the time is over, it is ended too. A rank
 whose collective fails because a peer is gone waits ``EMERGENCY_WAIT_S`` for the signal before it ends by itself.
 """
+STOP_SIGNAL: Final = signal.SIGRTMIN
+"""Asks rank 0 to have all ranks end after the step they are in, save, and exit with EXIT_STOPPED."""
 EMERGENCY_WAIT_S: Final = 15.0
 """A silent host is noticed after 10 s; whose link is cut may know earlier than the launcher does."""
 EMERGENCY_GRACE_S: Final = 60.0
@@ -74,7 +81,7 @@ RESULT_FILE: Final = "result.json"
 STEPS_FILE: Final = "steps.jsonl"
 STACKS_FILE: Final = "stacks.txt"
 
-Status = Literal["ok", "failed"]
+Status = Literal["ok", "stopped", "failed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -139,6 +139,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         reporter: Reporter,
         save: Callable[[int], None],
         evaluate: Callable[[int], Verdict],
+        asked_to_stop: Callable[[], bool],
     ) -> None:
         self._config = config
         self._schedule = schedule
@@ -148,6 +149,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self._reporter = reporter
         self._save = save
         self._evaluate = evaluate
+        self._asked_to_stop = asked_to_stop
         self._began = self._step_began = time.monotonic()
         self.last_step = start
 
@@ -176,10 +178,11 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self._report(step, logs, rows)
         self.last_step = step
         every, verdict = self._config.checkpoint.every, self._evaluate(step)
-        keep = verdict.stop or (verdict.save and self._config.checkpoint.keep_best)
+        leave = self._asked_to_stop()
+        keep = verdict.stop or leave or (verdict.save and self._config.checkpoint.keep_best)
         if keep or step == self._schedule.total_steps or (every and step % every == 0):
             self._save(step)
-        control.should_training_stop |= verdict.stop
+        control.should_training_stop |= verdict.stop or leave
 
     def _check_finite(self, step: int, logs: dict[str, float], rows: list[int]) -> None:
         """The step is done, but nothing of it is saved yet: weights that took a NaN must not become a checkpoint."""

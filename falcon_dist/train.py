@@ -7,6 +7,7 @@ The loop is TRL's SFTTrainer; rows, loss, optimizer and checkpoints are handed t
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +45,7 @@ from falcon_dist.process_group import open_group, same_everywhere
 from falcon_dist.resume import resume_point
 from falcon_dist.rows import PackedStore
 from falcon_dist.run import Run, closing_lines, opening_lines, run_facts
+from falcon_dist.stopping import Stopper
 from falcon_dist.strategy.choice import make_strategy
 from falcon_dist.tracking import check_tracking, evaluation_logs, trackers
 from falcon_dist.world import World
@@ -116,10 +118,6 @@ def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Train
     monitor = make_monitor(run, model, tokenizer, chosen)
     last_step = _fit(run, model, tokenizer, chosen, monitor)
     saved = run.checkpoints / checkpoint.folder_name(last_step)
-    known = monitor.last is not None and monitor.last[0] == last_step
-    after = monitor.last[1] if known and monitor.last else measure(run, model, tokenizer, "evaluate tuned")
-    lines = closing_lines(before, after, saved)
-    run.reporter.summary(lines)
     result = RankResult(
         status="ok",
         observed_cpus=seen.cpus,
@@ -127,8 +125,16 @@ def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Train
         last_step=last_step,
         checkpoint=str(saved),
         peak_rss_bytes=affinity.peak_rss_bytes(),
-        summary={"phases_s": run.reporter.phases, "base": before, "tuned": after},
     )
+    if last_step < run.schedule.total_steps and not monitor.stopped:
+        run.reporter.summary([f"made way after step {last_step}: go on with --resume {run.folder.name}"])
+        return Trained(dataclasses.replace(result, status="stopped"), model)
+    known = monitor.last is not None and monitor.last[0] == last_step
+    after = monitor.last[1] if known and monitor.last else measure(run, model, tokenizer, "evaluate tuned")
+    lines = closing_lines(before, after, saved)
+    run.reporter.summary(lines)
+    figures = {"phases_s": run.reporter.phases, "base": before, "tuned": after}
+    result = dataclasses.replace(result, peak_rss_bytes=affinity.peak_rss_bytes(), summary=figures)
     return Trained(result, model)
 
 
@@ -165,6 +171,7 @@ def _run_trainer(
     monitor: Monitor,
 ) -> int:
     collator = RowCollator(run.store.train, masking.Masking.of(model))
+    stopper = Stopper(run.reporter)
     callback = StepCallback(
         config=run.config,
         schedule=run.schedule,
@@ -174,6 +181,7 @@ def _run_trainer(
         reporter=run.reporter,
         save=lambda step: _save(run, model, tokenizer, optimizer, step=step, monitor=monitor),
         evaluate=lambda step: _evaluate(monitor, trainer, step),
+        asked_to_stop=stopper.after_step,
     )
     trainer = PackedTrainer(
         form=form,
@@ -189,7 +197,7 @@ def _run_trainer(
     check_trainer(trainer, run.world)
     trainer.train()
     run.strategy.check_wrapped(trainer.model_wrapped)
-    if callback.last_step != run.schedule.total_steps and not monitor.stopped:
+    if callback.last_step != run.schedule.total_steps and not (monitor.stopped or stopper.agreed):
         raise RuntimeError(f"trained to step {callback.last_step} of {run.schedule.total_steps}")
     if monitor.stopped:
         best = f"no lower held-out loss since step {monitor.best_step}"

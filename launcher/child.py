@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from falcon_dist.contract import EMERGENCY_SIGNAL, STACKS_SIGNAL
+from falcon_dist.contract import EMERGENCY_SIGNAL, STACKS_SIGNAL, STOP_SIGNAL
 from launcher import bind
 from launcher.cpuset import CpuSet
 from launcher.errors import LaunchError
 from launcher.plan import NodePlan, RankPlan, TaskPlan
 from launcher.wire import CHUNK_BYTES, Lines
 
-Request = Literal["stacks", "save"]
-SIGNALS: Final[Mapping[str, int]] = {"stacks": STACKS_SIGNAL, "save": EMERGENCY_SIGNAL}
+Request = Literal["stacks", "save", "stop"]
+SIGNALS: Final[Mapping[str, int]] = {"stacks": STACKS_SIGNAL, "save": EMERGENCY_SIGNAL, "stop": STOP_SIGNAL}
 STREAMS: Final = ("stdout", "stderr")
 TAIL_LINES: Final = 15
 LONGEST_LINE_BYTES: Final = 1 << 16

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR
@@ -39,6 +40,7 @@ from launcher.topology import Topology
 if TYPE_CHECKING:  # not for --help and --dry-run
     from launcher.console import Console
     from launcher.report import RunReport
+    from launcher.slurm import Allocation
 
 TOKEN_BYTES = 16
 
@@ -65,6 +67,8 @@ def launch(order: Order, environ: Mapping[str, str]) -> int:
         LaunchError: a host did not do its part.
     """
     config = configuration.load(order.flags)
+    if order.slurm:
+        return _submit(order, config)
     way = reach(config.launch, environ)
     hosts = way.hosts
     saved = sysfs.load_for([entry.host for entry in hosts.entries], order.topologies)
@@ -93,7 +97,33 @@ def _run(
     report = Series(config, way.hosts, attempt, console).run()
     folder.keep_last_report(report)
     console.conclude(json.dumps(report.to_json()) if order.as_json else render.closing_text(report))
+    if report.outcome == "stopped" and way.by_srun and way.allocation is not None:
+        console.say(_start_again(order, config, way.allocation))
     return report.exit_code
+
+
+def _start_again(order: Order, config: LaunchConfig, job: Allocation) -> str:
+    from launcher import batch
+
+    if order.flags.resume is None:
+        return f"job {job.job} is not started again: without --resume auto it would begin at the first step"
+    return batch.requeue(job, config.launch.max_requeues)
+
+
+def _submit(order: Order, config: LaunchConfig) -> int:
+    from launcher import batch, slurmjob
+    from launcher.console import Console
+
+    script = slurmjob.render(config, str(Path(sys.argv[0]).absolute()), order.job_words)
+    if order.dry_run:
+        sys.stdout.write(json.dumps({"script": script.text}) + "\n" if order.as_json else script.text)
+        return 0
+    console = Console(quiet=order.quiet or order.as_json)
+    for note in script.notes:
+        console.say(note)
+    job = batch.submit(script.text)
+    console.say(f"job {job} submitted; Ctrl-C cancels it")
+    return batch.Follower(job, console.say).until_done()
 
 
 def policy_of(settings: LaunchSettings) -> Policy:
@@ -209,7 +239,10 @@ class _Start:
         return report
 
     def _patience(self) -> Patience:
-        return Patience(hang_s=self._config.launch.hang_s, emergency_grace_s=self._config.launch.emergency_grace_s)
+        launch = self._config.launch
+        return Patience(
+            hang_s=launch.hang_s, emergency_grace_s=launch.emergency_grace_s, stop_grace_s=launch.stop_grace_s
+        )
 
     def _check(self, facts: tuple[HostFacts, ...]) -> tuple[str, ...]:
         program = self._config.program

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -14,8 +13,10 @@ from typing import Any, Final, Literal
 import falcon_dist
 from falcon_dist.config import TrainConfig, Value, build, check_known, flatten, keys_of, parse_value
 from falcon_dist.contract import EMERGENCY_GRACE_S
+from launcher import earlier, jobsettings
 from launcher.errors import UserError
-from launcher.patience import LEAST_S
+from launcher.jobsettings import SlurmSettings
+from launcher.patience import LEAST_S, STOP_GRACE_S
 from launcher.redaction import is_secret, redact_value
 
 Backend = Literal["auto", "gloo", "ccl", "ccl-intel"]
@@ -45,6 +46,10 @@ class LaunchSettings:
     """A step is overdue after so many seconds, or five times the usual if that is longer; 0: never."""
     emergency_grace_s: float = EMERGENCY_GRACE_S
     """Seconds a surviving rank gets to save the last finished step when another one has failed; 0: none."""
+    stop_grace_s: float = STOP_GRACE_S
+    """Seconds ranks get to end the step they are in and to save when SIGUSR1 asks the launcher to make way."""
+    max_requeues: int = 20
+    """How often a Slurm job that had to make way asks to be started again."""
     nproc_per_node: int | None = None
     """Ranks on each node; None (written "auto"): its slots, or one for each ``ranks_per``."""
     ranks_per: Literal["numa_node", "socket"] = "numa_node"
@@ -86,6 +91,7 @@ class LaunchConfig:
 
     launch: LaunchSettings = field(default_factory=LaunchSettings)
     train: TrainConfig = field(default_factory=TrainConfig)
+    slurm: SlurmSettings = field(default_factory=SlurmSettings)
     program: Program | None = None
     """None: our own training program."""
     resume_from: str | None = None
@@ -110,6 +116,8 @@ class Flags:
 
     launch: Mapping[str, Value] = field(default_factory=dict)
     """Keys of LaunchSettings that were given."""
+    slurm: Mapping[str, Value] = field(default_factory=dict)
+    """Keys of SlurmSettings that were given."""
     sets: tuple[str, ...] = ()
     """``section.key=value`` in the order given."""
     env: tuple[str, ...] = ()
@@ -128,8 +136,8 @@ def load(flags: Flags) -> LaunchConfig:
     Raises:
         UserError: a file is missing or no TOML, a key is not known, a value does not fit.
     """
-    folder, notes = _resumed(flags)
-    values = _saved(folder) if folder else {}
+    folder, note = _resumed(flags)
+    values = earlier.settings(folder) if folder else {}
     program = flags.program or _saved_program(folder)
     if flags.recipe or not (folder or program):
         values |= _recipe(flags.recipe or DEFAULT_RECIPE)
@@ -145,18 +153,21 @@ def load(flags: Flags) -> LaunchConfig:
     return LaunchConfig(
         launch=launch,
         train=build(TrainConfig, values),
+        slurm=jobsettings.of(values),
         program=program,
         resume_from=str(folder) if folder else None,
-        notes=(*flags.notes, *notes),
+        notes=(*flags.notes, *((note,) if note else ())),
     )
 
 
 def _known_keys() -> list[str]:
-    return [*(f"launch.{key}" for key in keys_of(LaunchSettings)), *keys_of(TrainConfig)]
+    own = {"launch": keys_of(LaunchSettings), "slurm": keys_of(SlurmSettings)}
+    return [*(f"{table}.{key}" for table, keys in own.items() for key in keys), *keys_of(TrainConfig)]
 
 
 def _from_flags(flags: Flags) -> dict[str, Value]:
     given = {f"launch.{key}": value for key, value in flags.launch.items()}
+    given |= {f"slurm.{key}": value for key, value in flags.slurm.items()}
     for item in flags.sets:
         key, equals, text = item.partition("=")
         if not equals:
@@ -197,7 +208,7 @@ def _check_launch(settings: LaunchSettings, values: Mapping[str, Value]) -> None
         source = values["launch.nproc_per_node"].source
         raise UserError(f'{source}: nproc_per_node must be "auto" or 1 or more: "{settings.nproc_per_node}"')
     least_of = {"ncores_per_rank": 1, "ccl_worker_count": 0, "max_restarts": 0, "min_nodes": 1, "hang_s": 0}
-    for key, least in {**least_of, "emergency_grace_s": 0}.items():
+    for key, least in {**least_of, "emergency_grace_s": 0, "stop_grace_s": 0, "max_requeues": 0}.items():
         number = getattr(settings, key)
         if number is not None and number < least:
             raise UserError(f'{values[f"launch.{key}"].source}: {key} must be {least} or more: "{number}"')
@@ -245,41 +256,13 @@ def _without_secret(item: str) -> str:
     return name if keep_name_only else f"{name}{equals}{value}"
 
 
-def _resumed(flags: Flags) -> tuple[Path | None, tuple[str, ...]]:
+def _resumed(flags: Flags) -> tuple[Path | None, str | None]:
     if flags.resume is None:
-        return None, ()
-    given = flags.launch.get("runs_dir")
-    runs = Path(str(given.value) if given else LaunchSettings().runs_dir)
-    if flags.resume == "auto":
-        found = _newest_with_checkpoints(runs)
-        note = f"resume: {found}" if found else f"resume: no run with a checkpoint in {runs}; a new run starts"
-        return (found.absolute() if found else None), (note,)
-    for folder in (Path(flags.resume), runs / flags.resume):
-        if (folder / "config.json").is_file():
-            return folder.absolute(), ()
-    raise UserError(f'--resume: no such run: "{flags.resume}"; give a run folder, or a run id below {runs}')
-
-
-def _newest_with_checkpoints(runs: Path) -> Path | None:
-    stores = [p for p in runs.glob("*/checkpoints") if any(p.glob("step-*")) and (p.parent / "config.json").is_file()]
-    newest = max(stores, key=lambda p: p.stat().st_mtime_ns, default=None)
-    return newest.parent if newest else None
-
-
-def _saved(folder: Path) -> dict[str, Value]:
-    source = str(folder / "config.json")
-    values = _read_json(folder)
-    return flatten({**values.get("train", {}), "launch": values.get("launch", {})}, source)
+        return None, None
+    given = {key: str(value.value) for key, value in flags.launch.items() if key in ("runs_dir", "run_id")}
+    return earlier.find(flags.resume, Path(given.get("runs_dir", LaunchSettings().runs_dir)), given.get("run_id"))
 
 
 def _saved_program(folder: Path | None) -> Program | None:
-    saved = _read_json(folder).get("program") if folder else None
+    saved = earlier.program(folder) if folder else None
     return Program(module=saved["module"], argv=tuple(saved["argv"])) if saved else None
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as fault:
-        raise UserError(f"{path}: cannot be read: {fault}") from fault

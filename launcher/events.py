@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["rank", "prepare", "binding", "agent", "lost", "hang", "start", "interrupt"]
-"""rank: it ended badly; agent: it could not do its part; lost: it is gone, or silent; start: no attempt came about."""
+Kind = Literal["rank", "prepare", "binding", "agent", "lost", "hang", "start", "interrupt", "yield"]
+"""rank: it ended badly; agent: it could not do its part; lost: it is gone, or silent; start: no attempt came about;
+yield: it made way for something else, as it was asked to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,11 +120,35 @@ class Interrupted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CanStop:
+    """The ranks can be asked to end after the step they are in."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MakeWay:
+    """The launcher got the signal that asks it to save and end, because its time will soon be over."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TimeUp:
     """The time set by the last SetTimer is over."""
 
 
-Event = Prepared | Exited | Mismatched | Faulted | Lost | CanSave | Saved | Stalled | Traced | Interrupted | TimeUp
+Event = (
+    Prepared
+    | Exited
+    | Mismatched
+    | Faulted
+    | Lost
+    | CanSave
+    | CanStop
+    | Saved
+    | Stalled
+    | Traced
+    | Interrupted
+    | MakeWay
+    | TimeUp
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,10 +176,15 @@ class AskSave:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AskStop:
+    """Have all ranks end after the step they are in, and save; rank 0 is asked, for they agree on the step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SetTimer:
     """Send TimeUp after so many seconds; takes the place of the timer before it."""
 
     seconds: float
 
 
-Action = StartRanks | SignalAll | AskStacks | AskSave | SetTimer
+Action = StartRanks | SignalAll | AskStacks | AskSave | AskStop | SetTimer

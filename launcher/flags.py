@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn
 
@@ -37,7 +37,15 @@ NUMBER_FLAGS: Final = (
     "backend",
     "memory_allocator",
 )
+SLURM_TEXTS: Final = ("partition", "time", "account", "qos")
+"""Settings of a job that are text; with ``cpus_per_task`` and ``sbatch`` all that --slurm alone has use for."""
+NOT_IN_JOBS: Final = (
+    *("--slurm", "--dry-run", "--json", "--nnodes", "--num-nodes", "--sbatch", "--cpus-per-task"),
+    *(f"--{name}" for name in SLURM_TEXTS),
+)
+"""Flags that a job script has as options of its own, or no use for."""
 SWITCHES: Final = (
+    "--slurm",
     *("--dry-run", "--json", "--quiet", "--use-logical-cores", "--report-bindings", "--explain"),
     *("--version", "--help", "-h"),
 )
@@ -58,6 +66,10 @@ class Order:
     quiet: bool = False
     report_bindings: bool = False
     explain: bool = False
+    slurm: bool = False
+    """To be run as a Slurm job, which is submitted from here."""
+    job_words: tuple[str, ...] = ()
+    """The words of this command line that a job script repeats."""
 
 
 def parse(argv: Sequence[str]) -> Order:
@@ -81,7 +93,34 @@ def parse(argv: Sequence[str]) -> Order:
         quiet=given["quiet"],
         report_bindings=given["report_bindings"],
         explain=given["explain"],
+        slurm=given["slurm"],
+        job_words=tuple(_job_words(own)) + tuple(today[len(own) :]),
     )
+
+
+def _job_words(own: Sequence[str]) -> Iterator[str]:
+    """Own flags without those that a job script says in its own way."""
+    skip = False
+    for word in own:
+        name = word.partition("=")[0].replace("_", "-")
+        if skip:
+            skip = False
+        elif name in NOT_IN_JOBS:
+            skip = name not in SWITCHES and "=" not in word
+        else:
+            yield word
+
+
+def _slurm_settings(given: Mapping[str, Any]) -> dict[str, Value]:
+    texts = {key: Value(given[key], f"--{key}") for key in SLURM_TEXTS if given[key] is not None}
+    cpus = given["cpus_per_task"]
+    numbers = {} if cpus is None else {"cpus_per_task": Value(parse_value(cpus), "--cpus-per-task")}
+    options = {"options": Value(given["sbatch"], "--sbatch")} if given["sbatch"] else {}
+    found = texts | numbers | options
+    if found and not given["slurm"]:
+        first = next(iter(found.values()))
+        raise UserError(f'{first.source}: is for the job that --slurm submits: "{first.value}"; add --slurm')
+    return found
 
 
 def _split(argv: list[str]) -> tuple[list[str], Program | None]:
@@ -108,6 +147,7 @@ def _is_last_word_of_resume(words: list[str]) -> bool:
 def _flags(given: Mapping[str, Any], program: Program | None) -> Flags:
     return Flags(
         launch=_settings(given),
+        slurm=_slurm_settings(given),
         sets=tuple(given["set"]),
         env=tuple(given["env"]),
         env_file=given["env_file"],
@@ -156,7 +196,7 @@ def _no_such_flag(flag: str, parser: _Parser) -> str:
 
 def _parser() -> _Parser:
     parser = _Parser(prog="falcon-launch", usage=USAGE, allow_abbrev=False, add_help=False)
-    for add in (_host_flags, _core_flags, _run_flags):
+    for add in (_host_flags, _core_flags, _run_flags, _slurm_flags):
         add(parser)
     parser.flag("--version", action=_Version, nargs=0, help="print the version")
     parser.add_argument("-h", "--help", action="help", help="print this")
@@ -207,3 +247,14 @@ def _run_flags(parser: _Parser) -> None:
     flag("--dry-run", action="store_true", help="print the plan and stop")
     flag("--json", action="store_true", help="the plan or the report as JSON")
     flag("--quiet", action="store_true", help="failures and the closing report only")
+
+
+def _slurm_flags(parser: _Parser) -> None:
+    flag = parser.flag
+    flag("--slurm", action="store_true", help="submit this as a Slurm job of --nnodes nodes and follow it")
+    flag("--partition", metavar="NAME", help="its partition")
+    flag("--time", metavar="LIMIT", help="its time limit, as sbatch takes it")
+    flag("--account", metavar="NAME", help="its account")
+    flag("--qos", metavar="NAME", help="its quality of service")
+    flag("--cpus-per-task", metavar="N", help="cpus of each rank (default: whole nodes)")
+    flag("--sbatch", metavar="NAME=VALUE", action="append", default=[], help="another option of sbatch")

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-STOPPING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from launcher.events import Event, Interrupted, MakeWay
+from launcher.render import signal_name
+
+STOPPING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @contextmanager
@@ -25,3 +28,13 @@ def stopping_signals() -> Iterator[int]:
             signal.signal(number, handler)
         os.close(reader)
         os.close(writer)
+
+
+def meaning(number: int) -> tuple[Event | None, str]:
+    """What a signal to the launcher asks for, and what the user is told."""
+    name = signal_name(number)
+    if number == signal.SIGTSTP:
+        return None, f"{name}: not suspended: hosts that hear nothing end their ranks"
+    if number == signal.SIGUSR1:
+        return MakeWay(), f"{name}: all ranks end after the step they are in, and save"
+    return Interrupted(signal=number), f"{name}: stopping all ranks; once more to kill them at once"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from falcon_dist.contract import RankResult
 from launcher.events import Cause
 
-Outcome = Literal["ok", "failed", "interrupted"]
+Outcome = Literal["ok", "failed", "interrupted", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +133,8 @@ def outcome_of(cause: Cause | None) -> Outcome:
     """How a run with this first cause is called."""
     if cause is None:
         return "ok"
-    return "interrupted" if cause.kind == "interrupt" else "failed"
+    names: Mapping[str, Outcome] = {"interrupt": "interrupted", "yield": "stopped"}
+    return names.get(cause.kind, "failed")
 
 
 def _rank(values: Mapping[str, Any]) -> RankOutcome:

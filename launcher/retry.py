@@ -64,7 +64,7 @@ class Again:
 def after(past: Sequence[Past], policy: Policy) -> Stop | Again:
     """What follows the last of these attempts."""
     last = past[-1]
-    if last.cause is None or last.cause.kind == "interrupt" or not policy.max_restarts:
+    if last.cause is None or last.cause.kind in ("interrupt", "yield") or not policy.max_restarts:
         return Stop()
     if refusal := _refusal(last, last.cause):
         return Stop(why=f"not started again: {refusal}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import selectors
-import signal
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -18,12 +17,13 @@ from launcher.events import (
     Action,
     AskSave,
     AskStacks,
+    AskStop,
     CanSave,
+    CanStop,
     Ended,
     Event,
     Exited,
     Faulted,
-    Interrupted,
     Lost,
     Mismatched,
     Prepared,
@@ -35,7 +35,7 @@ from launcher.events import (
     TimeUp,
     Traced,
 )
-from launcher.interrupts import stopping_signals
+from launcher.interrupts import meaning, stopping_signals
 from launcher.patience import Patience
 from launcher.plan import LaunchPlan
 from launcher.record import Record
@@ -67,7 +67,7 @@ class Run:
         self._watch = Watch(patience.hang_s)
         self._stands: dict[int, Stand] = {}
         seats = tuple(n.node_rank for n in plan.nodes for _ in n.ranks)
-        self._state = supervise.begin(seats, patience.emergency_grace_s)
+        self._state = supervise.begin(seats, patience)
 
     def until_done(self) -> RunReport:
         """Runs the attempt to its end, whatever that is; signals to this process stop it in good order."""
@@ -141,7 +141,7 @@ class Run:
     def _tell_cause(self) -> None:
         """Says at once what is wrong; the evidence follows when all have ended, which a checkpoint may delay."""
         told = render.failure_text(self._record.report(self._state.cause, time.monotonic()))
-        if self._state.cause and self._state.cause.kind != "interrupt":
+        if self._state.cause and self._state.cause.kind not in ("interrupt", "yield"):
             self._console.say(f"noticed: {told.splitlines()[0]}")
 
     def _perform(self, action: Action) -> None:
@@ -158,6 +158,8 @@ class Run:
                 self._record.enter("emergency save", time.monotonic())
                 self._console.say(f"rank {rank} is asked to save the last finished step")
                 self._channels[self._state.nodes_of[rank]].send("ask", request="save", rank=rank)
+            case AskStop():
+                self._channels[self._state.nodes_of[0]].send("ask", request="stop", rank=0)
             case SetTimer(seconds=seconds):
                 self._deadline = time.monotonic() + seconds
 
@@ -167,11 +169,10 @@ class Run:
 
     def _on_signal(self, woken_by: int) -> None:
         for number in os.read(woken_by, 64):
-            if number == signal.SIGTSTP:
-                self._console.say("SIGTSTP: not suspended: hosts that hear nothing end their ranks")
-                continue
-            self._console.say(f"{render.signal_name(number)}: stopping all ranks; once more to kill them at once")
-            self._happened(Interrupted(signal=number))
+            event, text = meaning(number)
+            self._console.say(text)
+            if event is not None:
+                self._happened(event)
 
     def _on_agent(self, node_rank: int) -> None:
         channel = self._channels[node_rank]
@@ -272,6 +273,8 @@ class Run:
                 self._record.stepped(rank, step)
             case {"event": "takes", "signal": "save"} if self._record.is_found_again(self._state.nodes_of[rank]):
                 self._happened(CanSave(rank=rank))
+            case {"event": "takes", "signal": "stop"}:
+                self._happened(CanStop())
             case {"event": "checkpoint", "path": path, "step": int(step)}:
                 self._record.committed(str(path), step)
                 if data.get("emergency"):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from falcon_dist.contract import EXIT_FAILED
 from launcher.cluster import HostFacts
 from launcher.errors import UserError
 from launcher.hostfile import LOCAL, HostEntry, Hostfile, parse_list
@@ -28,6 +29,12 @@ SRUN: Final = (
 )
 NOT_FOR_SRUN: Final = ("SRUN_CPUS_PER_TASK", "SLURM_CPUS_PER_TASK", "SLURM_CPU_BIND", "SLURM_HINT")
 """Variables by which a job script's options would change or contradict the words above."""
+_NOT_ENDED: Final = (
+    *("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "SIGNALING", "STAGE_OUT"),
+    *("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESIZING", "RESV_DEL_HOLD"),
+)
+_REQUEUED: Final = ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL")
+"""States that pass where the job is started again."""
 _REPEATED: Final = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
@@ -181,3 +188,45 @@ def _number(name: str, environ: Mapping[str, str], default: int) -> int:
     if not (text.isascii() and text.isdigit()):
         raise UserError(f'{name}: must be a number: "{text}"')
     return int(text)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobState:
+    """How a job stands, as ``scontrol --oneliner show job`` tells."""
+
+    name: str
+    exit_code: int
+    """As a shell counts; nothing is told before the end."""
+    requeues: bool
+    """Slurm starts it again when a node fails or something else needs its place."""
+    nodes: str = ""
+    reason: str = ""
+    output: str = ""
+    """Path of the file it writes to."""
+
+    @classmethod
+    def parse(cls, text: str) -> JobState:
+        """Reads the first job that is told of.
+
+        Raises:
+            UserError: there is none.
+        """
+        values = dict(re.findall(r"(?:^| )([A-Za-z/:]+)=(\S*)", text.split("\n", 1)[0]))
+        if "JobState" not in values:
+            raise UserError(f'scontrol: tells of no job: "{text[:80].strip()}"')
+        code, _, number = values.get("ExitCode", "0:0").partition(":")
+        name = values["JobState"]
+        ended = int(code) or (128 + int(number) if int(number or 0) else 0)
+        return cls(
+            name=name,
+            exit_code=ended or (0 if name in ("COMPLETED", *_NOT_ENDED) else EXIT_FAILED),
+            requeues=values.get("Requeue") == "1",
+            nodes="" if values.get("NodeList") == "(null)" else values.get("NodeList", ""),
+            reason="" if values.get("Reason") == "None" else values.get("Reason", ""),
+            output=values.get("StdOut", ""),
+        )
+
+    @property
+    def is_final(self) -> bool:
+        """Nothing more will come of it."""
+        return self.name not in _NOT_ENDED and not (self.requeues and self.name in _REQUEUED)

@@ -8,6 +8,8 @@ preparing --all nodes prepared--> running --all ranks ended--> done
     +---------- a first cause -------+--> stopping <--committed, or its grace over---+
                                              |
                                              +--grace over--> killing --all ended--> done
+
+running --asked to make way--> yielding --all ranks ended after the agreed step--> done; its grace over--> stopping
 """
 
 from __future__ import annotations
@@ -16,18 +18,21 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from falcon_dist.contract import EMERGENCY_GRACE_S, EXIT_FAILED, NOT_RETRIED
+from falcon_dist.contract import EMERGENCY_GRACE_S, EXIT_FAILED, EXIT_STOPPED, NOT_RETRIED
 from launcher.events import (
     Action,
     AskSave,
     AskStacks,
+    AskStop,
     CanSave,
+    CanStop,
     Cause,
     Event,
     Exited,
     Faulted,
     Interrupted,
     Lost,
+    MakeWay,
     Mismatched,
     Prepared,
     Saved,
@@ -38,6 +43,7 @@ from launcher.events import (
     TimeUp,
     Traced,
 )
+from launcher.patience import STOP_GRACE_S, Patience
 
 FAILURE_GRACE_S: Final = 3.0
 """How long ranks may take to end after one of them failed."""
@@ -50,7 +56,7 @@ TRACE_S: Final = 5.0
 SIGTERM: Final = 15
 SIGKILL: Final = 9
 
-Phase = Literal["preparing", "running", "tracing", "saving", "stopping", "killing", "done"]
+Phase = Literal["preparing", "running", "yielding", "tracing", "saving", "stopping", "killing", "done"]
 Decision = tuple["RunState", tuple[Action, ...]]
 
 
@@ -69,14 +75,25 @@ class RunState:
     """Ranks that were started and have not ended."""
     can_save: frozenset[int] = frozenset()
     """Ranks that said they can write an emergency checkpoint."""
+    can_stop: bool = False
+    """They can be asked to end after the step they are in."""
+    stop_grace_s: float = STOP_GRACE_S
+    """How long that may take."""
     writer: int | None = None
     """The one that was asked to."""
     cause: Cause | None = None
 
 
-def begin(nodes_of: tuple[int, ...], save_grace_s: float = EMERGENCY_GRACE_S) -> RunState:
+def begin(nodes_of: tuple[int, ...], patience: Patience | None = None) -> RunState:
     """The first state of an attempt whose ranks sit on ``nodes_of``: every node has been told to prepare."""
-    return RunState(phase="preparing", nodes_of=nodes_of, save_grace_s=save_grace_s, preparing=frozenset(nodes_of))
+    patience = patience or Patience()
+    return RunState(
+        phase="preparing",
+        nodes_of=nodes_of,
+        save_grace_s=patience.emergency_grace_s,
+        stop_grace_s=patience.stop_grace_s,
+        preparing=frozenset(nodes_of),
+    )
 
 
 def decide(state: RunState, event: Event) -> Decision:
@@ -88,10 +105,14 @@ def decide(state: RunState, event: Event) -> Decision:
             decision = _interrupted(state, signal)
         case TimeUp():
             decision = _time_up(state)
-        case CanSave(rank=rank):
-            decision = dataclasses.replace(state, can_save=state.can_save | {rank}), ()
+        case CanSave() | CanStop():
+            decision = _able(state, event), ()
         case Saved(rank=rank):
             decision = _stop(state) if (state.phase, state.writer) == ("saving", rank) else (state, ())
+        case MakeWay():
+            decision = _make_way(state)
+        case Exited(ended=ended) if state.phase == "yielding" and ended.exit_code in (0, EXIT_STOPPED):
+            decision = _yielded(_without(state, event), ended.exit_code)
         case Stalled(text=text):
             decision = _stalled(state, text)
         case Traced():
@@ -99,6 +120,13 @@ def decide(state: RunState, event: Event) -> Decision:
         case _:
             decision = _settle(_without(state, event), _cause(state, event))
     return decision
+
+
+def _able(state: RunState, event: CanSave | CanStop) -> RunState:
+    """The state with what a rank said it can do."""
+    if isinstance(event, CanSave):
+        return dataclasses.replace(state, can_save=state.can_save | {event.rank})
+    return dataclasses.replace(state, can_stop=True)
 
 
 def _without(state: RunState, event: Exited | Mismatched | Faulted | Lost) -> RunState:
@@ -140,6 +168,8 @@ def _prepared(state: RunState, event: Prepared) -> Decision:
 
 def _settle(state: RunState, cause: Cause | None) -> Decision:
     """Begins to stop if there is a cause and it is the first; ends the run when nothing is left."""
+    if cause is not None and state.phase == "yielding":  # what goes wrong on the way out is a failure like any other
+        state = dataclasses.replace(state, phase="running", cause=None)
     first = cause is not None and state.cause is None and state.phase in ("preparing", "running")
     if cause is not None and (first or _is_behind(state, cause)):
         state = dataclasses.replace(state, cause=cause)
@@ -189,6 +219,26 @@ def _stalled(state: RunState, text: str) -> Decision:
     return dataclasses.replace(state, phase="tracing", cause=cause), (AskStacks(), SetTimer(seconds=TRACE_S))
 
 
+def _make_way(state: RunState) -> Decision:
+    """Ranks that can be asked end after their step; others get the signal that programs expect, and as much time."""
+    if state.phase not in ("preparing", "running"):
+        return state, ()
+    cause = Cause(kind="yield", exit_code=EXIT_STOPPED, text="asked to make way")
+    if state.phase == "preparing":
+        return _settle(state, cause)
+    timer = SetTimer(seconds=state.stop_grace_s)
+    if state.can_stop:
+        return dataclasses.replace(state, phase="yielding", cause=cause), (AskStop(), timer)
+    return dataclasses.replace(state, phase="stopping", cause=cause), (SignalAll(signal=SIGTERM), timer)
+
+
+def _yielded(state: RunState, code: int) -> Decision:
+    """A rank has ended, after the agreed step or, with code 0, because the whole run was done before."""
+    if not code:
+        state = dataclasses.replace(state, phase="running", cause=None)
+    return (state, ()) if state.alive else (dataclasses.replace(state, phase="done"), ())
+
+
 def _traced(state: RunState, event: Traced) -> Decision:
     if state.phase != "tracing" or state.cause is None:
         return state, ()
@@ -203,6 +253,8 @@ def _interrupted(state: RunState, signal: int) -> Decision:
         return _kill(state)
     if state.phase in ("tracing", "saving"):
         return _stop(state)
+    if state.phase == "yielding":
+        state = dataclasses.replace(state, phase="running", cause=None)
     return _settle(state, Cause(kind="interrupt", exit_code=128 + signal))
 
 
@@ -210,7 +262,7 @@ def _time_up(state: RunState) -> Decision:
     match state.phase:
         case "tracing":
             return _save(state)
-        case "saving":
+        case "saving" | "yielding":
             return _stop(state)
         case "stopping":
             return _kill(state)

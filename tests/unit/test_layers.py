@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = {
     "values": ["errors", "cpuset", "hostnames", "redaction", "binding", "patience", "frames"],
-    "describe": ["hostfile", "hostselect", "network", "topology", "config", "cluster", "plan", "slurm"],
+    "describe": [
+        *("hostfile", "hostselect", "network", "topology", "config", "earlier", "cluster", "plan"),
+        *("slurm", "slurmjob", "jobsettings"),
+    ],
     "decide": [
         "placement",
         "explain",
@@ -59,6 +62,7 @@ LAYERS = {
             "run",
             "series",
             "branch",
+            "batch",
             "trunk",
             "reach",
         ),

@@ -1,0 +1,61 @@
+"""The run that is gone on with: found by its id, its folder, or "auto", and what its config.json says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from falcon_dist.config import Value, flatten
+from launcher.errors import UserError
+
+
+def find(resume: str, runs: Path, run_id: str | None) -> tuple[Path | None, str | None]:
+    """The folder of the run, None for a new one, and what the user should be told.
+
+    "auto" with a run id is that run, whatever it has got to, or a new one of that name: a job that is started again
+    and again goes on with its own run and nobody else's. Without an id it is the newest run with a checkpoint.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    if resume != "auto":
+        for folder in (Path(resume), runs / resume):
+            if (folder / "config.json").is_file():
+                return folder.absolute(), None
+        raise UserError(f'--resume: no such run: "{resume}"; give a run folder, or a run id below {runs}')
+    if run_id is not None:
+        found = runs / run_id if (runs / run_id / "config.json").is_file() else None
+        return _auto(found, f"no run {run_id} in {runs} yet; it starts")
+    return _auto(_newest_with_checkpoints(runs), f"no run with a checkpoint in {runs}; a new run starts")
+
+
+def settings(folder: Path) -> dict[str, Value]:
+    """All settings of a run."""
+    values = _read(folder)
+    return flatten({**values.get("train", {}), "launch": values.get("launch", {})}, str(folder / "config.json"))
+
+
+def program(folder: Path) -> Mapping[str, Any] | None:
+    """The program a run was of, where it was not our own."""
+    saved: Mapping[str, Any] | None = _read(folder).get("program")
+    return saved
+
+
+def _auto(found: Path | None, else_: str) -> tuple[Path | None, str]:
+    return (found.absolute(), f"resume: {found}") if found else (None, f"resume: {else_}")
+
+
+def _newest_with_checkpoints(runs: Path) -> Path | None:
+    stores = [p for p in runs.glob("*/checkpoints") if any(p.glob("step-*")) and (p.parent / "config.json").is_file()]
+    newest = max(stores, key=lambda p: p.stat().st_mtime_ns, default=None)
+    return newest.parent if newest else None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as fault:
+        raise UserError(f"{path}: cannot be read: {fault}") from fault

@@ -1,0 +1,88 @@
+"""LaunchConfig and the words of a command line -> the text of a job script for sbatch. Pure."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from launcher.config import LaunchConfig
+from launcher.errors import UserError
+from launcher.redaction import is_secret
+
+RUN_ID: Final = "slurm-$SLURM_JOB_ID"
+_OPTION: Final = re.compile(r"[a-z][a-z0-9-]*(=[^\n]*)?")
+_OURS: Final = ("nodes", "ntasks-per-node", "open-mode", "signal", "requeue", "no-requeue")
+SCRIPT: Final = """#!/bin/bash
+{options}
+# In place of this shell, so that Slurm's signals arrive: {signal_s} s before the time is over the launcher
+# has all ranks save, asks Slurm to start the job again, and then goes on where it was.
+exec {command}
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobScript:
+    """A job as sbatch takes it."""
+
+    text: str
+    notes: tuple[str, ...] = ()
+    """What the user should be told about it."""
+
+
+def render(config: LaunchConfig, launcher: str, words: Sequence[str]) -> JobScript:
+    """The script of a job that runs ``launcher`` with these words, and can be started again and again.
+
+    Raises:
+        UserError: hosts are named, which Slurm chooses, or a word would put a secret into the script.
+    """
+    _check(config)
+    resumed = "--resume" in words or any(word.startswith("--resume=") for word in words)
+    again = [] if resumed else ["--resume", "auto"]
+    named = "" if resumed or config.launch.run_id else f' --run-id "{RUN_ID}"'
+    at = next((n for n, word in enumerate(words) if word in ("--", "-m", "--module")), len(words))
+    command = shlex.join([launcher, *words[:at], *again]) + named
+    program = shlex.join(words[at:])
+    options = "\n".join(f"#SBATCH --{option}" for option in _options(config))
+    text = SCRIPT.format(options=options, signal_s=config.slurm.signal_s, command=f"{command} {program}".rstrip())
+    return JobScript(text=text, notes=config.notes)
+
+
+def _options(config: LaunchConfig) -> list[str]:
+    launch, slurm = config.launch, config.slurm
+    least, most = launch.min_nodes, launch.nnodes or 1
+    given = {"partition": slurm.partition, "time": slurm.time, "account": slurm.account, "qos": slurm.qos}
+    lines = [
+        f"job-name={slurm.job_name}",
+        f"nodes={most if least is None or least == most else f'{least}-{most}'}",
+        *([f"ntasks-per-node={launch.nproc_per_node}"] if launch.nproc_per_node else []),
+        # Whole nodes, unless it was said how many cpus a rank gets: one for each is what Slurm would give.
+        f"cpus-per-task={slurm.cpus_per_task}" if slurm.cpus_per_task else "exclusive",
+        *(f"{name}={value}" for name, value in given.items() if value is not None),
+        f"output={slurm.output}",
+        "open-mode=append",
+        f"signal=B:USR1@{slurm.signal_s}",
+        "requeue",
+    ]
+    return [*lines, *slurm.options]
+
+
+def _check(config: LaunchConfig) -> None:
+    launch, slurm = config.launch, config.slurm
+    for flag, value in (("--hostfile", launch.hostfile), ("--hosts", launch.hosts)):
+        if value is not None:
+            raise UserError(f'{flag}: not beside --slurm, where Slurm chooses the nodes: "{value}"; use --nnodes')
+    for item in launch.env:
+        name, equals, _ = item.partition("=")
+        if equals and is_secret(name):
+            raise UserError(f'--env: a job script is no place for a secret: "{name}"; use --env {name}')
+    if slurm.signal_s <= launch.stop_grace_s:
+        raise UserError(
+            f'slurm.signal_s: no longer than launch.stop_grace_s, in which ranks save: "{slurm.signal_s}"; '
+            f"make it more than {launch.stop_grace_s:g}"
+        )
+    for option in slurm.options:
+        if not _OPTION.fullmatch(option) or option.partition("=")[0] in _OURS:
+            raise UserError(f'--sbatch: not an option that can be given so: "{option}"; form: NAME=VALUE without "--"')

@@ -1,0 +1,222 @@
+"""A run that is asked to make way: what is decided, what a job that submits itself again says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher import config, flags, retry, slurmjob
+from launcher.config import Flags
+from launcher.errors import UserError
+from launcher.events import (
+    AskStop,
+    CanStop,
+    Cause,
+    Ended,
+    Exited,
+    Interrupted,
+    MakeWay,
+    Prepared,
+    SetTimer,
+    SignalAll,
+    StartRanks,
+    TimeUp,
+)
+from launcher.patience import Patience
+from launcher.report import outcome_of
+from launcher.slurm import JobState
+from launcher.supervise import begin, decide
+
+READY = [Prepared(node_rank=0, ended=Ended(code=0)), CanStop()]
+TERM = SignalAll(signal=15)
+ASKED = [StartRanks(), AskStop(), SetTimer(seconds=90.0)]
+
+
+def play(*events, patience=None):
+    state, done = begin((0, 0), patience), []
+    for event in events:
+        state, actions = decide(state, event)
+        done += actions
+    return state, done
+
+
+def exited(rank, code):
+    return Exited(rank=rank, ended=Ended(code=code))
+
+
+def test_ranks_that_end_after_the_agreed_step_are_no_failure():
+    state, done = play(*READY, MakeWay(), exited(1, 75), exited(0, 75))
+    assert (state.phase, state.cause.kind, state.cause.exit_code) == ("done", "yield", 75)
+    assert done == ASKED
+    assert outcome_of(state.cause) == "stopped"
+
+
+def test_a_run_that_was_done_anyway_is_done():
+    state, done = play(*READY, MakeWay(), exited(1, 0), exited(0, 0))
+    assert (state.phase, state.cause, done) == ("done", None, ASKED)
+
+
+def test_a_rank_that_fails_on_the_way_out_is_a_failure():
+    state, done = play(*READY, MakeWay(), exited(1, 9))
+    assert (state.cause.kind, state.cause.rank, state.cause.exit_code) == ("rank", 1, 9)
+    assert done[3] == TERM
+
+
+def test_a_step_that_does_not_end_in_time():
+    state, done = play(*READY, MakeWay(), TimeUp(), patience=Patience(stop_grace_s=7))
+    assert (state.phase, state.cause.kind) == ("stopping", "yield")
+    assert done[2:4] == [SetTimer(seconds=7), TERM]
+
+
+def test_ctrl_c_on_the_way_out_is_an_interrupt():
+    state, _ = play(*READY, MakeWay(), Interrupted(signal=2))
+    assert (state.phase, state.cause.kind, state.cause.exit_code) == ("stopping", "interrupt", 130)
+
+
+def test_a_program_that_cannot_be_asked_gets_sigterm_and_the_same_time():
+    state, done = play(READY[0], MakeWay(), exited(0, 143), exited(1, 143))
+    assert done == [StartRanks(), TERM, SetTimer(seconds=90.0)]
+    assert (state.phase, state.cause.kind) == ("done", "yield")
+
+
+def test_while_preparing_nothing_is_to_be_saved():
+    state, done = play(MakeWay())
+    assert (state.phase, state.cause.kind, done[0]) == ("stopping", "yield", TERM)
+
+
+def test_a_run_that_made_way_is_not_restarted_by_its_launcher():
+    past = [retry.Past(cause=Cause(kind="yield", exit_code=75), hosts=("a",))]
+    assert retry.after(past, retry.Policy(max_restarts=3)) == retry.Stop()
+
+
+# --resume auto
+
+
+def make_run(runs: Path, name: str, *, checkpoint: bool) -> Path:
+    folder = runs / name
+    (folder / "checkpoints" / "step-000004" if checkpoint else folder).mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.LaunchConfig().to_json()))
+    return folder
+
+
+def load(*words: str) -> config.LaunchConfig:
+    return config.load(flags.parse(words).flags)
+
+
+def test_a_named_run_goes_on_and_no_other(tmp_path):
+    words = ("--runs-dir", str(tmp_path), "--run-id", "mine", "--resume", "auto")
+    make_run(tmp_path, "newer", checkpoint=True)
+    first = load(*words)
+    assert (first.resume_from, first.launch.run_id) == (None, "mine")
+    assert "no run mine" in first.notes[0]
+    mine = make_run(tmp_path, "mine", checkpoint=False)  # it was ended before its first checkpoint
+    again = load(*words)
+    assert (again.resume_from, again.launch.run_id) == (str(mine), "mine")
+
+
+# Job scripts
+
+GOLDEN = """#!/bin/bash
+#SBATCH --job-name=falcon
+#SBATCH --nodes=2-4
+#SBATCH --ntasks-per-node=2
+#SBATCH --cpus-per-task=28
+#SBATCH --partition=cpu
+#SBATCH --time=2:00:00
+#SBATCH --output=slurm-%j.out
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --constraint=amx
+# In place of this shell, so that Slurm's signals arrive: 120 s before the time is over the launcher
+# has all ranks save, asks Slurm to start the job again, and then goes on where it was.
+exec /opt/bin/falcon-launch --nproc-per-node 2 --recipe demo --set 'data.name=my data.jsonl' \
+--resume auto --run-id "slurm-$SLURM_JOB_ID"
+"""
+
+
+def script(*words: str) -> str:
+    order = flags.parse(["--slurm", *words])
+    return slurmjob.render(config.load(order.flags), "/opt/bin/falcon-launch", order.job_words).text
+
+
+def test_the_script_of_a_job():
+    shape = ("--nnodes", "2:4", "--nproc-per-node", "2", "--cpus_per_task=28", "--partition", "cpu", "--time=2:00:00")
+    assert (
+        script(*shape, "--recipe", "demo", "--sbatch", "constraint=amx", "--set", "data.name=my data.jsonl") == GOLDEN
+    )
+
+
+def test_whole_nodes_where_no_cpus_are_named():
+    lines = script("--nnodes", "4").splitlines()
+    assert "#SBATCH --exclusive" in lines
+    assert "#SBATCH --nodes=4" in lines
+    assert not [line for line in lines if "ntasks" in line]  # so that the launcher counts NUMA nodes
+
+
+def test_a_run_with_a_name_and_a_program():
+    last = script("--run-id", "x y".replace(" ", "-"), "--", "my script.py", "--time", "3").splitlines()[-1]
+    assert last == "exec /opt/bin/falcon-launch --run-id x-y --resume auto -- 'my script.py' --time 3"
+
+
+def test_a_run_that_is_gone_on_with(tmp_path):
+    folder = make_run(tmp_path, "mine", checkpoint=True)
+    assert script("--resume", str(folder)).splitlines()[-1] == f"exec /opt/bin/falcon-launch --resume {folder}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--hosts", "a,b"], '--hosts: not beside --slurm, where Slurm chooses the nodes: "a,b"'),
+        (["--env", "HF_TOKEN=abc"], '--env: a job script is no place for a secret: "HF_TOKEN"'),
+        (
+            ["--set", "slurm.signal_s=60"],
+            "slurm.signal_s: no longer than launch.stop_grace_s, in which",
+        ),
+        (["--sbatch", "nodes=3"], '--sbatch: not an option that can be given so: "nodes=3"'),
+        (["--sbatch", "x\n#SBATCH --y"], "--sbatch: not an option"),
+        (["--partition", "a b"], '--partition: partition must be one word: "a b"'),
+        (["--set", "slurm.cpus_per_task=0"], '--set: cpus_per_task must be 1 or more: "0"'),
+        (["--set", "slurm.partion=x"], "slurm.partition"),
+    ],
+)
+def test_jobs_that_cannot_be(words, said):
+    with pytest.raises(UserError) as fault:
+        script(*words)
+    assert said in str(fault.value)
+
+
+def test_options_of_a_job_need_a_job():
+    with pytest.raises(UserError, match='--partition: is for the job that --slurm submits: "cpu"; add --slurm'):
+        flags.parse(["--partition", "cpu"])
+
+
+TOLD = "JobId=7 JobName=falcon JobState={} Reason={} Requeue={} ExitCode={} NodeList=node[1-2] StdOut=/a/b.out"
+
+
+@pytest.mark.parametrize(
+    ("state", "requeue", "told", "final", "code"),
+    [
+        ("RUNNING", 1, "0:0", False, 0),
+        ("PENDING", 1, "0:0", False, 0),
+        ("COMPLETED", 1, "0:0", True, 0),
+        ("FAILED", 1, "7:0", True, 7),
+        ("CANCELLED", 1, "0:15", True, 143),
+        ("TIMEOUT", 1, "0:0", True, 1),
+        ("NODE_FAIL", 1, "0:0", False, 1),
+        ("NODE_FAIL", 0, "0:0", True, 1),
+    ],
+)
+def test_how_a_job_stands(state, requeue, told, final, code):
+    found = JobState.parse(TOLD.format(state, "None", requeue, told))
+    assert (found.name, found.is_final, found.exit_code) == (state, final, code)
+    assert (found.nodes, found.reason, found.output) == ("node[1-2]", "", "/a/b.out")
+
+
+def test_no_job_at_all():
+    with pytest.raises(UserError, match="scontrol: tells of no job"):
+        JobState.parse("slurm_load_jobs error\n")
+
+
+def test_a_run_of_flags_alone_is_as_before():
+    assert config.load(Flags()).slurm.options == ()
