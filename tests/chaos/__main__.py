@@ -15,11 +15,11 @@ from pathlib import Path
 
 from cluster.hosts import Hosts
 
-from chaos import ranks
+from chaos import entering, hostile, links, ranks, saving
 from chaos.bed import Bed, write_inputs
 from chaos.table import MODES, Fault, Found, Line, Mode, markdown
 
-FAMILIES = (ranks,)
+FAMILIES = (ranks, links, saving, entering, hostile)
 ALL: tuple[Fault, ...] = tuple(sorted((f for family in FAMILIES for f in family.FAULTS), key=lambda f: f.number))
 INTRO = """# Faults: what happens when ...
 

@@ -89,10 +89,18 @@ class Bed:
         (self.work / "program.py").write_text(text)
         return self.launch([*self.seats(), "--run-id", "r", *flags, "--", "program.py", *args])
 
-    def launch(self, words: Sequence[str], *, env: Mapping[str, str] | None = None, run: str = "r") -> Job:
+    def launch(
+        self,
+        words: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        run: str = "r",
+        open_files: int | None = None,
+    ) -> Job:
         """Any command line, in this row's folder."""
         whole = {**os.environ, "XDG_CACHE_HOME": str(self.shared / "cache"), **(env or {})}
-        return Job(self.nodes, [LAUNCH, *words], self.work, whole, self.work / "runs" / run)
+        limited = [] if open_files is None else ["prlimit", f"--nofile={open_files}:{open_files}"]
+        return Job(self.nodes, [*limited, LAUNCH, *words], self.work, whole, self.work / "runs" / run)
 
     def resume(self, *flags: str, env: Mapping[str, str] | None = None, run: str = "r") -> Job:
         """Goes on with a run of this row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -124,8 +125,6 @@ def refused(bed: Bed, job: Job, named: str, codes: tuple[int, ...] = (2,), *, wi
 
 def merge(found: Found, wrong: list[str] | tuple[str, ...]) -> Found:
     """The same with more that is wrong."""
-    import dataclasses
-
     return dataclasses.replace(found, wrong=(*found.wrong, *wrong))
 
 

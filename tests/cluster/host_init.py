@@ -20,7 +20,7 @@ def main(name: str, own: Path, shared: Path) -> None:
     mount("--rbind", "/sys/fs/cgroup", str(own / "cgroup"))
     mount("-t", "sysfs", "sysfs", "/sys")
     mount("--rbind", str(own / "cgroup"), "/sys/fs/cgroup")
-    mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm")  # noqa: S108
+    mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm")
     mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
     Path("/run/sshd").mkdir()
     mount("--bind", str(own / "disk"), str(shared / "disk"))

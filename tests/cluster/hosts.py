@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +31,7 @@ UsePAM no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
+PermitUserEnvironment yes
 UseDNS no
 PidFile none
 MaxStartups 200
@@ -106,6 +107,51 @@ class Host:
             os.kill(self.init, signal.SIGKILL)
             wait_until(lambda: not Path(f"/proc/{self.init}").exists())
             self.init = None
+
+    def reboot(self) -> None:
+        """Brings a killed one up again, plugged in anew."""
+        command("ip", "netns", "del", self.netns)
+        self.boot()
+
+    def seen(self, path: Path) -> Path:
+        """A path of this host as it is seen from outside."""
+        return Path(f"/proc/{self.init}/root{path}")
+
+    @contextlib.contextmanager
+    def mounted(self, *words: str) -> Iterator[None]:
+        """Something mounted on this host only, given as to mount(8), the place last."""
+        self._mount(*words)
+        try:
+            yield
+        finally:
+            self.unmount(Path(words[-1]))
+
+    def remount(self, options: str, place: Path) -> None:
+        """Changes options of what is mounted there."""
+        self._mount("-o", f"remount,{options}", str(place))
+
+    def unmount(self, place: Path) -> None:
+        """Takes it away at once, whoever uses it."""
+        self.run("umount", "--lazy", str(place))
+
+    @contextlib.contextmanager
+    def overlaid(self, place: Path, upper: Path) -> Iterator[None]:
+        """A folder that has on top, on this host only, what is in ``upper``; nothing is written to either."""
+        with self.mounted("-t", "overlay", "-o", f"lowerdir={upper}:{place}", "overlay", str(place)):
+            yield
+
+    @contextlib.contextmanager
+    def login_environment(self, env: Mapping[str, str]) -> Iterator[None]:
+        """Variables of whoever comes in over ssh."""
+        folder = Path.home() / ".ssh"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with self.mounted("-t", "tmpfs", "-o", "mode=700", "tmpfs", str(folder)):
+            self.seen(folder / "environment").write_text("".join(f"{k}={v}\n" for k, v in env.items()))
+            yield
+
+    def _mount(self, *words: str) -> None:
+        done = self.run("mount", *words)
+        assert done.returncode == 0, f"{self.name}: mount {words}: {done.stderr}"
 
     def cut(self) -> None:
         """The network loses every frame to and from it, silently."""

@@ -15,7 +15,7 @@ from launching import BIN
 from cluster.hosts import Hosts
 from cluster.programs import ACCELERATE, DDP, DEEPSPEED, LOADERS
 
-SHM = "/dev/shm"  # noqa: S108  # shared memory is mounted there
+SHM = "/dev/shm"  # shared memory is mounted there
 LAUNCH = str(BIN / "falcon-launch")
 TELL = "import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], os.environ['MASTER_ADDR'])"
 

@@ -38,7 +38,7 @@ def test_rank_0_ends_with_an_error_that_names_rank_1(fault: str, longest_s: floa
     took = re.search(r"failed after (\S+) s", first.text)
     assert took
     assert float(took[1]) < longest_s
-    left = [path.name for child in children for path in Path("/dev/shm").glob(f"{child.pid}:*")]  # noqa: S108
+    left = [path.name for child in children for path in Path("/dev/shm").glob(f"{child.pid}:*")]
     assert not left
 
 

@@ -1,0 +1,62 @@
+"""Ports, signals and time limits: rows 15, 16, 18."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+
+from chaos.bed import Bed
+from chaos.expect import merge, stopped, unharmed
+from chaos.table import Fault, Found
+
+AT = 25
+USUAL_PORT = 29500
+HOLD_PORT = "import socket, time; s = socket.create_server(('', {port})); print('held', flush=True); time.sleep(600)"
+
+
+def port_in_use(bed: Bed) -> Found:
+    """The port everybody takes is held, a dead launcher left its mark, and two runs start at once."""
+    stale = bed.work / "runs/old"
+    stale.mkdir(parents=True)
+    gone = {"hostname": "node1", "boot_id": "gone", "pid": 1, "started": 1}
+    (stale / "running.json").write_text(json.dumps({"launcher": gone, "since": 0, "agents": []}))
+    holder = bed.main.enter("python3", "-c", HOLD_PORT.format(port=USUAL_PORT))
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        first, second = bed.train(run="r"), bed.train(run="s")
+        found = unharmed(bed, first)
+        other = unharmed(bed, second)
+    finally:
+        holder.kill()
+        holder.wait()
+    return merge(found, other.wrong)
+
+
+def interrupted(bed: Bed) -> Found:
+    """Ctrl-C once on one host, SIGTERM twice on two."""
+    number = signal.SIGINT if bed.mode == "local" else signal.SIGTERM
+    job = bed.train("--max-restarts", "3")
+    job.wait_step(AT)
+    pid = job.launcher()
+    job.mark()
+    os.kill(pid, number)
+    if bed.mode == "hosts":
+        time.sleep(0.2)
+        os.kill(pid, number)
+    code = job.end(20)
+    down_s = time.monotonic() - job.injected_at
+    found = stopped(bed, job, f"interrupted by {number.name}", (128 + number,), within=10)
+    first = job.first_line(f"^{number.name}: stopping")
+    late = [] if down_s < 10 else [f"down after {down_s:.0f} s only"]
+    wrong = [*late, *([] if first and code == 128 + number else ["the signal was not told"])]
+    return merge(replace(found, detected_s=first.at - job.injected_at if first else None), wrong)
+
+
+FAULTS = (
+    Fault(number=15, name="port 29500 held, stale mark, two runs at once", local=port_in_use, hosts=port_in_use),
+    Fault(number=16, name="Ctrl-C / SIGTERM twice", local=interrupted, hosts=interrupted, quick=True),
+)
