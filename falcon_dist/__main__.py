@@ -83,8 +83,11 @@ def _quiet() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process. torch 2.13 with gloo can abort while the interpreter is taken down, after all is done."""
-    if code in (0, EXIT_STOPPED) and sys.argv[1:2] == ["train"] and os.environ.get(contract.BACKEND, "gloo") == "gloo":
+    """Ends the process. torch 2.13 with gloo can abort while the interpreter is taken down, after all is done.
+
+    A rank that failed leaves the same way: its group still stands, and its peers wait for the end of its connections.
+    """
+    if sys.argv[1:2] == ["train"] and (code or os.environ.get(contract.BACKEND, "gloo") == "gloo"):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -125,8 +125,9 @@ class RankResult:
 #   {"event": "phase", "name": "train"}                  a phase begins (all ranks)
 #   {"event": "line", "text": "..."}                     a line for the person watching (rank 0)
 #   {"event": "step", "step": 3, "total": 50, "loss": 2.1, "lr": 1e-4, "epoch": 0.1,
-#    "tokens_per_s": 812.0, "eta_s": 60.0, "log": true}  a finished step (all ranks; rank 0's is shown;
-#                                                         "log" asks for a line of its own)
+#    "tokens_per_s": 812.0, "eta_s": 60.0, "log": true,  a finished step (all ranks; rank 0's is shown;
+#    "busy_s": 0.8, "waited_s": 0.1}                      "log" asks for a line of its own; seconds of own work and of
+#                                                         waiting for peers: who is slow waits least)
 #   {"event": "checkpoint", "path": "...", "step": 3}    committed (rank 0); with "emergency": true by whichever
 #                                                         rank was asked for it
 #   {"event": "takes", "signal": "stacks"}               from now on STACKS_SIGNAL is understood; "save" likewise

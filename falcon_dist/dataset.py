@@ -9,6 +9,7 @@ import collections
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from falcon_dist.packaged import cache_folder
 from falcon_dist.packing import Forecast, Packer, Sample, held_out
 from falcon_dist.readers import Item
 from falcon_dist.records import BadRecord, Fault, Passage, Record
-from falcon_dist.rows import MANIFEST, PackedStore, Parts, write_store
+from falcon_dist.rows import MANIFEST, PackedStore, Parts, damaged_file, write_store
 from falcon_dist.sources import Source, find_eval_source, find_sources, mixed
 
 FORMAT: Final = 3
@@ -85,10 +86,18 @@ def prepare_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Pack
     recipe = material.recipe()
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "rows" / digest[:32]
+    _set_aside_damaged(path)
     if not (path / MANIFEST).is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_store(path, lambda parts: _fill(material, recipe, parts))
     return PackedStore.open(path)
+
+
+def _set_aside_damaged(path: Path) -> None:
+    """A store of an earlier run whose bytes have changed since is not used again."""
+    if (path / MANIFEST).is_file() and (name := damaged_file(path)):
+        path.rename(path.with_name(f"{path.name}.refused-{os.getpid()}"))
+        print(f'packed rows: "{path / name}" is not what was written (sha256 differs); packed anew', flush=True)
 
 
 def gather(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Material:

@@ -21,6 +21,7 @@ from falcon_dist.masking import Masking
 from falcon_dist.metrics import Reporter, StepRecord
 from falcon_dist.monitor import Verdict
 from falcon_dist.order import Schedule
+from falcon_dist.pace import Pace
 from falcon_dist.rows import Part
 from falcon_dist.world import World
 
@@ -120,6 +121,7 @@ def trainer_settings(
         "report_to": [],
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,  # they are constants; sending them would make every rank wait for rank 0
         "dataloader_pin_memory": False,
     }
     return SFTConfig(**{**settings, **of_strategy})
@@ -137,6 +139,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         start: int,
         collator: RowCollator,
         reporter: Reporter,
+        pace: Pace,
         save: Callable[[int], None],
         evaluate: Callable[[int], Verdict],
         asked_to_stop: Callable[[], bool],
@@ -147,6 +150,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self._start = start
         self._collator = collator
         self._reporter = reporter
+        self._pace = pace
         self._save = save
         self._evaluate = evaluate
         self._asked_to_stop = asked_to_stop
@@ -202,6 +206,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
     def _report(self, step: int, logs: dict[str, float], rows: list[int]) -> None:
         now = time.monotonic()
         total = self._schedule.total_steps
+        spent = self._pace.spent
         record = StepRecord(
             step=step,
             loss=logs["loss"],
@@ -211,6 +216,8 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
             tokens=self._collator.part.count_tokens(self._schedule.rows_of_step(step - 1)),
             seconds=now - self._step_began,
             rows=rows,
+            busy_s=spent and round(spent.busy_s, 4),
+            waited_s=spent and round(spent.waited_s, 4),
         )
         eta = (now - self._began) / (step - self._start) * (total - step)
         every = self._config.report.log_every

@@ -31,6 +31,10 @@ class StepRecord:
     seconds: float
     rows: list[int]
     """Rows this rank trained, in order."""
+    busy_s: float | None = None
+    """Seconds of this rank's own work: forward and backward pass."""
+    waited_s: float | None = None
+    """Seconds until the gradients of all ranks were summed after that."""
 
 
 class Reporter:
@@ -93,6 +97,8 @@ class Reporter:
             "tokens_per_s": record.tokens / record.seconds,
             "eta_s": eta_s,
             "log": log,
+            "busy_s": record.busy_s,
+            "waited_s": record.waited_s,
         }
         shown = (
             f"step {record.step}/{total}  loss {record.loss:.4f}  learning_rate {record.learning_rate:.3g}  "

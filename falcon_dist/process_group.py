@@ -33,13 +33,13 @@ def open_group(
     backend = _enter(env.get(contract.BACKEND, "gloo"))
     store = _store(world, env, timeout)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout)
-    try:
-        _check_world(world)
-        yield
-    finally:
-        # A DDP wrapper that outlives its gloo group can abort the process at exit; the Trainer's is held by cycles.
-        gc.collect()
-        dist.destroy_process_group()
+    # Not in a "finally": a rank that fails leaves at once, and its peers learn of it when its connections close.
+    # Taking the group down could take them along for as long as a collective may take.
+    _check_world(world)
+    yield
+    # A DDP wrapper that outlives its gloo group can abort the process at exit; the Trainer's is held by cycles.
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def _enter(backend: str) -> str:

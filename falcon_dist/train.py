@@ -40,6 +40,7 @@ from falcon_dist.monitor import (
     prompts_of,
 )
 from falcon_dist.order import plan_schedule
+from falcon_dist.pace import Pace
 from falcon_dist.prepare import Prepared
 from falcon_dist.process_group import open_group, same_everywhere
 from falcon_dist.resume import resume_point
@@ -172,6 +173,7 @@ def _run_trainer(
 ) -> int:
     collator = RowCollator(run.store.train, masking.Masking.of(model))
     stopper = Stopper(run.reporter)
+    pace = Pace(model)
     callback = StepCallback(
         config=run.config,
         schedule=run.schedule,
@@ -179,6 +181,7 @@ def _run_trainer(
         start=start,
         collator=collator,
         reporter=run.reporter,
+        pace=pace,
         save=lambda step: _save(run, model, tokenizer, optimizer, step=step, monitor=monitor),
         evaluate=lambda step: _evaluate(monitor, trainer, step),
         asked_to_stop=stopper.after_step,
@@ -191,7 +194,7 @@ def _run_trainer(
         data_collator=collator,
         processing_class=tokenizer,
         optimizers=(optimizer, make_scheduler(optimizer, run.config.optim, run.schedule, start)),
-        callbacks=[callback, *(trackers(run.config.report, run.folder, start) if run.world.is_main else ())],
+        callbacks=[pace, callback, *(trackers(run.config.report, run.folder, start) if run.world.is_main else ())],
     )
     trainer.remove_callback(PrinterCallback)  # steps are told by our own callback
     check_trainer(trainer, run.world)

@@ -169,6 +169,7 @@ class Agent:
             for fd, _ in self._doors.answers():
                 self.forget(fd)
             self._doors.close()
+        doors.check_own(addr)
         ports = {name: self._open(name, addr) for name in ("store", *(("courier",) if courier else ()))}
         self.emit("store", port=ports["store"], courier_port=ports.get("courier"))
 

@@ -14,6 +14,7 @@ OURS: Final = ("falcon-dist", "torch", "transformers", "trl", "accelerate")
 """Distributions that must be the same where our own program runs."""
 THEIRS: Final = ("falcon-dist", "torch")
 LEAST_DISK_BYTES: Final = 1 << 30
+CLOCK_S: Final = 1.0
 Row = tuple[str, ...]
 
 
@@ -38,6 +39,12 @@ def judge(
         shown = table(("", *hosts), rows)
         raise UserError(f'hosts: not the same software: "{", ".join(r[0] for r in rows)}"; make them the same\n{shown}')
     return _notes(hosts, surveys)
+
+
+def clock_notes(hosts: Sequence[str], offsets_s: Sequence[float]) -> tuple[str, ...]:
+    """Notes on clocks that are off: a run goes by monotonic time only, but its logs do not."""
+    off = [(host, offset) for host, offset in zip(hosts, offsets_s, strict=True) if abs(offset) > CLOCK_S]
+    return tuple(f"{host}: its clock is {offset:+.0f} s off, and so are times in its logs" for host, offset in off)
 
 
 def _missing(host: str, told: Mapping[str, Any], cwd: str, program: Program | None) -> list[str]:

@@ -255,7 +255,8 @@ class _Start:
                 f"{hosts[0]}: has no checkpoint of this run, the newest known is of step {self._config.resume_step}: "
                 f'"{site.run_dir}/checkpoints"; put --runs-dir where all hosts see it'
             )
-        return checks.judge(hosts, facts, surveys, site.cwd, program)
+        notes = checks.judge(hosts, facts, surveys, site.cwd, program)
+        return (*notes, *checks.clock_notes(hosts, discover.clock_offsets(self._agents)))
 
     def _open(self, cluster: Cluster) -> Opened:
         courier = planner.needs_courier(self._config, len(cluster.nodes))

@@ -143,6 +143,9 @@ def _have(stream: Stream, key: str, told: Mapping[str, Any]) -> Path:
     digests = _read(stream)
     whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
     path = _cache() / "received" / whole
+    if path.is_dir() and Folder(path).digests() != digests:
+        path.rename(path.with_name(f"{path.name}.refused-{os.getpid()}"))
+        print(f'{key}: "{path}" is not what was received once (sha256 differs); fetched anew', flush=True)
     if not path.is_dir():
         _write(stream, {"want": "files", "key": key})
         _fetch(stream, path, files, digests)

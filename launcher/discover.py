@@ -89,6 +89,23 @@ def survey(agents: Agents, *, cwd: str, script: str | None, run_dir: str) -> lis
     return answers(agents.channels, "surveyed", ANSWER_TIMEOUT_S)
 
 
+def clock_offsets(agents: Agents, tries: int = 1) -> list[float]:
+    """Seconds by which each host's clock is ahead of this one's, by the quickest of a few answers.
+
+    Raises:
+        LaunchError: a host did not answer.
+    """
+    best = [(float("inf"), 0.0)] * len(agents.channels)
+    for _ in range(tries):
+        for place, channel in enumerate(agents.channels):  # one after the other: a busy launcher is no slow link
+            sent = time.time()
+            channel.send("clock")
+            (told,) = answers((channel,), "clock", ANSWER_TIMEOUT_S)
+            took = time.time() - sent
+            best[place] = min(best[place], (took, told["now"] - sent - took / 2))
+    return [offset for _, offset in best]
+
+
 def open_store(agents: Agents, addr: str, *, courier: bool) -> tuple[int, int | None]:
     """Has node 0's agent listen on ``addr`` alone; returns the ports of the store and of the courier it got.
 

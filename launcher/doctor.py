@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -25,7 +24,7 @@ def look(agents: Agents, hosts: Hostfile, run_dir: str, *, with_torch: bool) -> 
         LaunchError: a host gave no answer, or no address of node 0 is reached by all.
     """
     facts = discover.ask(agents, {})
-    offsets = _clocks(agents.channels)
+    offsets = discover.clock_offsets(agents, CLOCK_TRIES)
     meeting = discover.meet(agents, hosts)
     unreached, addrs = _mesh(agents, hosts, meeting)
     rates = _ring(agents.channels, addrs) if len(addrs) > 1 and not any(unreached) else [None] * len(facts)
@@ -55,19 +54,6 @@ def _seats(agents: Agents, meeting: Meeting) -> list[dict[str, str]]:
         environment.seat_names(place) | met | {"GLOO_SOCKET_IFNAME": ifname, ccl_environment.INTERFACE: ifname}
         for place, ifname in zip(places, meeting.ifnames, strict=True)
     ]
-
-
-def _clocks(channels: Sequence[Channel]) -> list[float]:
-    """Each host's clock against this one's, by the quickest of a few answers."""
-    best = [(float("inf"), 0.0)] * len(channels)
-    for _ in range(CLOCK_TRIES):
-        for place, channel in enumerate(channels):  # one after the other: a busy launcher is no slow link
-            sent = time.time()
-            channel.send("clock")
-            (told,) = answers((channel,), "clock", ANSWER_TIMEOUT_S)
-            took = time.time() - sent
-            best[place] = min(best[place], (took, told["now"] - sent - took / 2))
-    return [offset for _, offset in best]
 
 
 def _mesh(agents: Agents, hosts: Hostfile, meeting: Meeting) -> tuple[list[tuple[str, ...]], list[str]]:

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from launcher.errors import LaunchError
+
 SIOCGIFCONF: Final = 0x8912
 IFREQ_BYTES: Final = 40
 MOST_ADDRESSES: Final = 256
@@ -88,6 +90,16 @@ def knock(doors: Mapping[str, int], token: str, source: str | None) -> dict[str,
                     # Bridges of containers never answer; what leads here at all answers about as fast as this one.
                     deadline = min(deadline, time.monotonic() + OTHERS_S)
     return found
+
+
+def check_own(addr: str) -> None:
+    """Raises LaunchError where this host does not reach its own address: ranks that meet there would wait in vain."""
+    with contextlib.closing(_listen(addr)) as door, socket.socket(_family(addr), socket.SOCK_STREAM) as caller:
+        caller.settimeout(KNOCK_S)
+        try:
+            caller.connect((addr, door.getsockname()[1]))
+        except OSError as fault:
+            raise LaunchError(f'does not reach its own address "{addr}": {fault}; look at the firewall') from fault
 
 
 def loopback_line(name: str) -> str | None:

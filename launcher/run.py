@@ -6,6 +6,7 @@ import os
 import selectors
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from falcon_dist.contract import STACKS_FILE
@@ -41,6 +42,7 @@ from launcher.plan import LaunchPlan
 from launcher.record import Record
 from launcher.report import RunReport
 from launcher.standing import Stand, accuse
+from launcher.straggler import Paces
 from launcher.watch import Watch
 from launcher.wire import BEAT_S, SILENCE_S
 
@@ -66,6 +68,7 @@ class Run:
         self._selector = selectors.DefaultSelector()
         self._watch = Watch(patience.hang_s)
         self._stands: dict[int, Stand] = {}
+        self._paces = Paces({rank.rank: node.host for node in plan.nodes for rank in node.ranks})
         seats = tuple(n.node_rank for n in plan.nodes for _ in n.ranks)
         self._state = supervise.begin(seats, patience)
 
@@ -76,7 +79,7 @@ class Run:
             self._listen(woken_by, lambda: self._on_signal(woken_by))
             for node_rank, channel in self._channels.items():
                 channel.heard_at = time.monotonic()
-                self._listen_to_agent(node_rank)
+                self._listen(channel.fileno(), partial(self._on_agent, node_rank))
             self._record.enter("prepare", time.monotonic())
             for node in self._plan.nodes:
                 self._channels[node.node_rank].send("prepare", plan=node.to_json())
@@ -126,9 +129,6 @@ class Run:
 
     def _listen(self, fd: int, callback: Callable[[], None]) -> None:
         self._selector.register(fd, selectors.EVENT_READ, callback)
-
-    def _listen_to_agent(self, node_rank: int) -> None:
-        self._listen(self._channels[node_rank].fileno(), lambda: self._on_agent(node_rank))
 
     def _happened(self, event: Event) -> None:
         before = self._state.cause
@@ -216,15 +216,16 @@ class Run:
             case {"event": "stacks", "ranks": list(ranks)}:
                 self._on_stacks(node_rank, ranks)
             case {"event": "note", "text": text}:
-                text = self._named(node_rank, text)
-                self._record.note(text)
-                self._console.say(f"note: {text}")
+                self._note(text, node_rank)
             case {"event": "fault", "text": text}:
                 text = f"{self._channels[node_rank].host}: {text}"
                 self._happened(Faulted(node_rank=node_rank, text=text))
 
-    def _named(self, node_rank: int, text: str) -> str:
-        return f"{self._channels[node_rank].host}: {text}" if len(self._channels) > 1 else text
+    def _note(self, text: str, node_rank: int | None = None) -> None:
+        if node_rank is not None and len(self._channels) > 1:
+            text = f"{self._channels[node_rank].host}: {text}"
+        self._record.note(text)
+        self._console.say(f"note: {text}")
 
     def _on_output(self, node_rank: int, task: str, rank: int | None, stream: str, lines: list[str]) -> None:
         if node_rank in self._record.apart and task == "rank" and rank is not None:
@@ -271,6 +272,8 @@ class Run:
             case {"event": "step", "step": int(step)}:
                 self._watch.stepped(rank, time.monotonic())
                 self._record.stepped(rank, step)
+                if text := self._paces.stepped(rank, data):
+                    self._note(text)
             case {"event": "takes", "signal": "save"} if self._record.is_found_again(self._state.nodes_of[rank]):
                 self._happened(CanSave(rank=rank))
             case {"event": "takes", "signal": "stop"}:

@@ -52,6 +52,19 @@ def test_messages_go_through_the_template_without_a_second_end(tmp_path: Path) -
     assert tokenizer.decode(flat) == f"<|user|>Question 0?<|end|><|assistant|>{TEXT[0]}<|end|>"
 
 
+def test_a_store_whose_bytes_have_changed_is_packed_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = DataConfig(name=str(write(tmp_path / "texts.jsonl", [{"text": t} for t in TEXT])), max_length=16)
+    store = prepare_rows(config, make_tokenizer())
+    whole = store.train.tokens.copy()
+    file = store.path / "train/tokens.bin"
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    again = prepare_rows(config, make_tokenizer())
+    assert (again.train.tokens == whole).all()
+    assert f'"{file}" is not what was written (sha256 differs); packed anew' in capsys.readouterr().out
+
+
 def test_split_keeps_a_key_on_one_side(tmp_path: Path) -> None:
     file = write(tmp_path / "talks.jsonl", [talk(n) for n in range(200)])
     config = DataConfig(name=str(file), max_length=64, key_field="id", eval_share=0.3)

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from launcher import courier, rundir
-from launcher.checks import judge
+from launcher.checks import clock_notes, judge
 from launcher.cluster import HostFacts
 from launcher.config import Program
 from launcher.errors import LaunchError, UserError
@@ -99,6 +99,31 @@ def test_a_received_folder_has_the_same_bytes(tmp_path):
     assert hashlib.sha256((tmp_path / "got/weights").read_bytes()).hexdigest() == digests["weights"]
 
 
+def test_what_was_received_once_and_has_changed_is_fetched_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/tokens").write_bytes(b"0123456789")
+    (tmp_path / "prepared.json").write_text(json.dumps({"rows": str(tmp_path / "rows")}))
+
+    def receive():
+        listening = socket.create_server(("127.0.0.1", 0))
+        serving = threading.Thread(target=courier.offer, args=(listening, tmp_path / "prepared.json", 1, "t"))
+        serving.start()
+        with socket.create_connection(listening.getsockname()) as connection, connection.makefile("rwb") as stream:
+            courier._write(stream, {"token": "t"})
+            told = courier._read(stream)["folders"]["rows"] | {"path": "/not/here"}
+            path = courier._have(stream, "rows", told)
+            courier._write(stream, {"want": "nothing"})
+        serving.join()
+        listening.close()
+        return path
+
+    path = receive()
+    (path / "tokens").write_bytes(b"0123056789")
+    assert (receive() / "tokens").read_bytes() == b"0123456789"
+    assert "is not what was received once (sha256 differs); fetched anew" in capsys.readouterr().out
+
+
 def test_a_file_outside_its_folder_is_refused(tmp_path):
     for name in ("../x", "/etc/x", "a/../../x"):
         with pytest.raises(ValueError, match="outside its folder"):
@@ -177,3 +202,8 @@ def test_differences_without_harm_are_notes():
         "hosts differ in their widest instruction set; the slowest sets the pace: a avx512_bf16, b amx_bf16",
         "b has 0.0 GB left where the run folder is: /runs",
     )
+
+
+def test_clocks_that_are_off_are_told():
+    told = clock_notes(["a", "b", "c"], [0.0, 3600.2, -0.9])
+    assert told == ("b: its clock is +3600 s off, and so are times in its logs",)

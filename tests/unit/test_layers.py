@@ -24,6 +24,7 @@ LAYERS = {
         "supervise",
         "watch",
         "standing",
+        "straggler",
         "retry",
         "ledger",
         "report",
