@@ -137,6 +137,9 @@ class Bed:
             for pid in self.left():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            for host in self.all:
+                if host.init is None:
+                    host.reboot()
 
     def left(self) -> list[int]:
         """Processes that are neither a host's first one nor its sshd."""

@@ -110,6 +110,7 @@ class Host:
 
     def reboot(self) -> None:
         """Brings a killed one up again, plugged in anew."""
+        command("ip", "-n", self._hosts.switch, "link", "del", self._port)
         command("ip", "netns", "del", self.netns)
         self.boot()
 
