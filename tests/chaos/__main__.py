@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -34,6 +37,7 @@ runs; the default is 60 s."""
 def main() -> int:
     """Runs rows and prints them; exit code 1 where one failed."""
     args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts are taken down on the way out
     wanted = [f for f in ALL if (not args.rows or f.number in args.rows) and (f.quick or not args.quick)]
     lines: list[Line] = []
     began = time.monotonic()
@@ -42,10 +46,12 @@ def main() -> int:
             write_inputs(hosts.folder / "shared/inputs")
             beds = {mode: Bed(mode, hosts) for mode in args.modes}
             for bed in beds.values():
-                bed.compute_reference()
+                with _shared(args.share):
+                    bed.compute_reference()
             for fault in wanted:
                 for mode in args.modes:
-                    lines.append(_try(fault, beds[mode]))
+                    with _shared(args.share):
+                        lines.append(_try(fault, beds[mode]))
                     _tell(lines[-1])
             facts = _facts(beds, time.monotonic() - began)
     if args.report:
@@ -61,8 +67,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--modes", type=lambda text: text.split(","), default=MODES)
     parser.add_argument("--quick", action="store_true", help="the slice for CI")
     parser.add_argument("--report", type=Path, help="write the table here")
-    parser.add_argument("--verbose", action="store_true", help="what the launcher said in rows that failed")
+    parser.add_argument("--share", type=Path, help="file whose lock is shared during each row, and free between them")
     return parser.parse_args()
+
+
+@contextlib.contextmanager
+def _shared(file: Path | None) -> Iterator[None]:
+    """Lets timed work of others come between rows."""
+    if file is None:
+        yield
+        return
+    with file.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
 
 
 def _try(fault: Fault, bed: Bed) -> Line:

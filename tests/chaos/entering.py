@@ -28,12 +28,12 @@ def port_in_use(bed: Bed) -> Found:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         first, second = bed.train(run="r"), bed.train(run="s")
-        found = unharmed(bed, first)
-        other = unharmed(bed, second)
+        for job in (first, second):
+            job.end()
     finally:
         holder.kill()
         holder.wait()
-    return merge(found, other.wrong)
+    return merge(unharmed(bed, first), unharmed(bed, second).wrong)
 
 
 def interrupted(bed: Bed) -> Found:

@@ -65,7 +65,7 @@ def other_version(bed: Bed) -> Found:
     """The software was changed between a run and its resume."""
     job = saving.abandoned(bed, AT)
     with bed.main.overlaid(venv_site(), _other_version(bed, "transformers")):
-        return saving.resumed(bed, "transformers", lost=10, reached=job.steps())
+        return saving.resumed(bed, r"transformers.*0\.0\.1", lost=10, reached=job.steps())
 
 
 def rows_differ(bed: Bed) -> Found:
