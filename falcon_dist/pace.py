@@ -31,7 +31,7 @@ class Pace(TrainerCallback):  # type: ignore[misc]
         self._summed: float | None = None
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)
+                parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
 
     @property
     def spent(self) -> Spent | None:

@@ -34,7 +34,6 @@ from launcher.events import (
     Stalled,
     StartRanks,
     TimeUp,
-    Traced,
 )
 from launcher.interrupts import meaning, stopping_signals
 from launcher.patience import Patience
@@ -104,7 +103,7 @@ class Run:
             self._happened(Stalled(text=text))
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
-            self._happened(self._traced() if self._state.phase == "tracing" else TimeUp())
+            self._happened(accuse(self._stands) if self._state.phase == "tracing" else TimeUp())
 
     def _beat(self) -> None:
         """Tells every agent that this launcher lives; an agent that hears nothing ends its ranks."""
@@ -257,11 +256,7 @@ class Run:
             if node_rank in self._record.apart and told["stacks"]:
                 mirror.keep(self._record.plan_of(rank).rank_dir, {STACKS_FILE: told["stacks"]})
         if self._state.alive <= set(self._stands):
-            self._happened(self._traced())
-
-    def _traced(self) -> Traced:
-        rank, text = accuse(self._stands)
-        return Traced(rank=rank, text=text)
+            self._happened(accuse(self._stands))
 
     def _on_rank_event(self, rank: int, data: dict[str, Any]) -> None:
         match data:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from launcher.events import Traced
+
 WAITING: Final = re.compile(r"_engine_run_backward|distributed_c10d|all_reduce|all_gather|broadcast|barrier|\bwait\b")
 """Frames in which a rank waits for its peers: DDP's all-reduce runs inside the backward pass."""
 NEAR: Final = 4
@@ -27,8 +29,8 @@ class Stand:
     """What faulthandler wrote; empty: nothing came."""
 
 
-def accuse(stands: Mapping[int, Stand]) -> tuple[int | None, str]:
-    """The rank that keeps the others waiting, and what is said of it; (None, "") where nothing tells them apart."""
+def accuse(stands: Mapping[int, Stand]) -> Traced:
+    """The rank that keeps the others waiting, and what is said of it; neither where nothing tells them apart."""
     ranks = [stands[rank] for rank in sorted(stands)]
     stopped = [(s, STATES[s.state]) for s in ranks if s.state in STATES]
     behind = [(s, f"is at step {s.last_step}, behind the others") for s in ranks if _is_behind(s, ranks)]
@@ -36,8 +38,8 @@ def accuse(stands: Mapping[int, Stand]) -> tuple[int | None, str]:
     for found in (stopped, behind, elsewhere):
         if len(found) == 1 and (len(ranks) > 1 or found is stopped):
             stand, what = found[0]
-            return stand.rank, f"rank {stand.rank} (host {stand.host}) {what}"
-    return None, ""
+            return Traced(rank=stand.rank, text=f"rank {stand.rank} (host {stand.host}) {what}")
+    return Traced(rank=None)
 
 
 def _is_behind(one: Stand, ranks: list[Stand]) -> bool:

@@ -84,7 +84,8 @@ def stand(rank, *, state="S", stacks=BACKWARD, step=5):
 
 
 def accused(*stands):
-    return accuse({s.rank: s for s in stands})
+    told = accuse({s.rank: s for s in stands})
+    return told.rank, told.text
 
 
 def test_a_stopped_rank_is_accused_before_one_that_is_behind():
