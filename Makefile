@@ -54,7 +54,7 @@ test-cluster: $(READY)
 test-slurm: $(READY)
 	$(BIN)/python -m pytest tests/cluster/test_slurm*.py
 
-# 200 kills at random moments of random parts of runs over such hosts.
+# Kills at random moments of random parts of runs over such hosts: 950 with plain ranks, 50 while training.
 test-kills: $(READY)
 	$(BIN)/python -m pytest tests/cluster/test_kills.py -m slow
 
@@ -75,6 +75,12 @@ chaos-quick: $(READY)
 # apt-get install -y --no-install-recommends qemu-system-x86 linux-image-cloud-amd64
 test-numa: $(READY)
 	$(BIN)/python -m pytest tests/cluster/test_numa_guest.py -m slow
+
+# A run over two such hosts with a random fault every three minutes, beside one without: make soak MINUTES=40
+.PHONY: soak
+MINUTES ?= 40
+soak: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m chaos.soak --minutes $(MINUTES)
 
 lint: $(READY)
 	$(BIN)/ruff check

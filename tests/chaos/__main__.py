@@ -21,7 +21,7 @@ from cluster.hosts import Hosts
 
 from chaos import entering, hostile, links, ranks, saving
 from chaos.bed import Bed, write_inputs
-from chaos.table import MODES, Fault, Found, Line, Mode, markdown
+from chaos.table import MODES, Fault, Found, Line, Mode, check_complete, markdown
 
 FAMILIES = (ranks, links, saving, entering, hostile)
 ALL: tuple[Fault, ...] = tuple(sorted((f for family in FAMILIES for f in family.FAULTS), key=lambda f: f.number))
@@ -38,6 +38,7 @@ runs; the default is 60 s."""
 def main() -> int:
     """Runs rows and prints them; exit code 1 where one failed."""
     args = _arguments()
+    check_complete(ALL)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts are taken down on the way out
     wanted = [f for f in ALL if (not args.rows or f.number in args.rows) and (f.quick or not args.quick)]
     lines: list[Line] = []

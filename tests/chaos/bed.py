@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cluster.hosts import Host, Hosts, command
+from cluster.hosts import Host, Hosts
 from launching import BIN, weights_digest
 from tiny_models import TEXT, falcon_7b, write_model
 
@@ -49,10 +49,12 @@ POISON = "\u00b6"
 class Bed:
     """One mode: ``local`` is a launcher with two ranks on one host, ``hosts`` one rank on each of two hosts."""
 
-    def __init__(self, mode: Mode, hosts: Hosts) -> None:
+    def __init__(self, mode: Mode, hosts: Hosts, first: int = 1) -> None:
+        """``first``: number of its first host."""
         self.mode = mode
         self.all = hosts
-        self.nodes: list[Host] = hosts.hosts[: 1 if mode == "local" else 2]
+        self._first = first
+        self.nodes: list[Host] = hosts.hosts[first - 1 :][: 1 if mode == "local" else 2]
         self.stranger: Host = hosts.hosts[2]
         self.shared = hosts.folder / "shared"
         """Seen by all hosts."""
@@ -77,7 +79,8 @@ class Bed:
         """Flags for two ranks."""
         if self.mode == "local":
             return ["--nproc-per-node", "2"]
-        return ["--hosts", f"node[1-{nodes or len(self.nodes)}]", "--nproc-per-node", "1", "--ncores-per-rank", "1"]
+        named = f"node[{self._first}-{self._first + (nodes or len(self.nodes)) - 1}]"
+        return ["--hosts", named, "--nproc-per-node", "1", "--ncores-per-rank", "1"]
 
     def train(self, *flags: str, env: Mapping[str, str] | None = None, run: str = "r") -> Job:
         """Our own training program on the small model."""
@@ -148,7 +151,9 @@ class Bed:
     def count_orphans(self) -> int:
         """Processes and listening sockets that are still there some time after a launcher's end."""
         deadline = time.monotonic() + END_S
-        while (count := len(self.left()) + sum(listening(host) for host in self.nodes)) and time.monotonic() < deadline:
+        while (
+            count := len(self.left()) + sum(len(host.listening()) for host in self.nodes)
+        ) and time.monotonic() < deadline:
             time.sleep(0.1)
         return count
 
@@ -161,21 +166,6 @@ def write_inputs(folder: Path) -> None:
     lines = [{"text": f"{n}: {TEXT[n % len(TEXT)]}"} for n in range(60)]
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "recipe.toml").write_text(RECIPE.format(folder=folder, steps=STEPS, every=EVERY))
-
-
-def listening(host: Host) -> int:
-    """TCP sockets that listen on a host, but for its sshd's."""
-    if host.init is None:
-        return 0
-    rows = [r for name in ("tcp", "tcp6") for r in Path(f"/proc/{host.init}/net/{name}").read_text().splitlines()[1:]]
-    return sum(r.split()[3] == "0A" and not r.split()[1].endswith(":0016") for r in rows)
-
-
-def listening_at(host: Host) -> list[str]:
-    """ "ADDRESS:PORT" of every socket that listens on a host, but for its sshd's."""
-    told = command("ip", "netns", "exec", host.netns, "ss", "-Hltn").split("\n")
-    found = [line.split()[3] for line in told if line.split()]
-    return [place for place in found if not place.endswith(":22")]
 
 
 def build_library(source: str, folder: Path, name: str) -> Path:

@@ -8,9 +8,11 @@ import signal
 import time
 from dataclasses import replace
 
+from chaos import saving
 from chaos.bed import Bed
 from chaos.expect import merge, stopped, unharmed
 from chaos.table import Fault, Found
+from falcon_dist.contract import EXIT_STOPPED
 
 AT = 25
 USUAL_PORT = 29500
@@ -56,7 +58,24 @@ def interrupted(bed: Bed) -> Found:
     return merge(replace(found, detected_s=first.at - job.injected_at if first else None), wrong)
 
 
+def time_is_up(bed: Bed) -> Found:
+    """SIGUSR1, as Slurm sends it some minutes before it takes a job's hosts away; then the run is resumed."""
+    job = bed.train()
+    job.wait_step(AT)
+    pid = job.launcher()
+    job.mark()
+    os.kill(pid, signal.SIGUSR1)
+    code = job.end(60)
+    told, reached = job.first_line("SIGUSR1|make way"), job.steps()
+    found = saving.resumed(bed, f"resuming from .*step-{reached:06d}", lost=0, reached=reached)
+    wrong = [] if code == EXIT_STOPPED else [f"exit code {code}, not {EXIT_STOPPED}: start me again"]
+    found = merge(found, [*wrong, *([] if told else ["nothing said of it"])])
+    detected_s, cause = (told.at - job.injected_at, told.text) if told else (None, "")
+    return replace(found, detected_s=detected_s, cause=cause, exit_code=code)
+
+
 FAULTS = (
     Fault(number=15, name="port 29500 held, stale mark, two runs at once", local=port_in_use, hosts=port_in_use),
     Fault(number=16, name="Ctrl-C / SIGTERM twice", local=interrupted, hosts=interrupted, quick=True),
+    Fault(number=18, name="time limit: SIGUSR1 before the end", local=time_is_up, hosts=time_is_up),
 )

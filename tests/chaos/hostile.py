@@ -14,7 +14,7 @@ from pathlib import Path
 from cluster.hosts import command_line
 
 from chaos import saving
-from chaos.bed import LAUNCH, Bed, listening_at, venv_site
+from chaos.bed import LAUNCH, Bed, venv_site
 from chaos.expect import ends_well, merge, refused, unharmed
 from chaos.table import Fault, Found
 
@@ -160,7 +160,7 @@ def stranger(bed: Bed) -> Found:
     """Another host of the network tries every port that is open while a run goes on."""
     job = bed.train()
     job.wait_step(5)
-    places = [place for host in bed.nodes for place in listening_at(host)]
+    places = [place for host in bed.nodes for place in host.listening()]
     job.mark()
     told = bed.stranger.run(sys.executable, "-c", KNOCKS, *places).stdout.splitlines()
     found = unharmed(bed, job)

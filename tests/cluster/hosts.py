@@ -193,6 +193,14 @@ class Host:
         """Those of them whose command line has all the signs."""
         return [pid for pid in self.pids() if all(sign in command_line(pid) for sign in signs)]
 
+    def listening(self) -> list[str]:
+        """ "ADDRESS:PORT" of every TCP socket that listens here, but for the sshd's."""
+        if self.init is None:
+            return []
+        told = command("ip", "netns", "exec", self.netns, "ss", "-Hltn").splitlines()
+        places = [line.split()[3] for line in told if line.strip()]
+        return [place for place in places if not place.endswith(":22")]
+
     def limit_memory(self, limit: int) -> None:
         """All its processes together get so many bytes (cgroup v1 or v2)."""
         self.memory_group = folder = memory_group() / f"{self._hosts.prefix}{self._number}"

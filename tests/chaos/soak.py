@@ -1,0 +1,139 @@
+"""``python -m chaos.soak``: a run over two hosts with a random fault every few minutes, beside one without any.
+
+Both take the same steps at the same time on the same machine; in the end their losses are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from cluster.hosts import Hosts
+
+from chaos.bed import STEPS, Bed, write_inputs
+from chaos.job import Job
+
+HANG_S = 15
+MOST_DIFFERENCE = 0.005
+"""Share by which the final loss may differ from the undisturbed run's."""
+TAKES_TURNS = 2.5
+"""Two runs at once on the same cpus, and time lost to faults: a step takes that many times as long as one alone."""
+
+
+def kill_rank(job: Job, bed: Bed, chance: random.Random) -> str:
+    rank = chance.randrange(2)
+    os.kill(job.pid_of(rank), signal.SIGKILL)
+    return f"rank {rank} killed"
+
+
+def stop_rank(job: Job, bed: Bed, chance: random.Random) -> str:
+    rank = chance.randrange(2)
+    os.kill(job.pid_of(rank), signal.SIGSTOP)
+    return f"rank {rank} stopped"
+
+
+def kill_agent(job: Job, bed: Bed, chance: random.Random) -> str:
+    host = chance.randrange(2)
+    os.kill(chance.choice(job.agents(host)), signal.SIGKILL)
+    return f"agent or keeper of node{host + 1} killed"
+
+
+def kill_ssh(job: Job, bed: Bed, chance: random.Random) -> str:
+    (client,) = [pid for pid in job.hosts[0].find("ssh", "launcher.agent") if pid not in job.agents(0)]
+    os.kill(client, signal.SIGKILL)
+    return "ssh client killed"
+
+
+FAULTS: tuple[Callable[[Job, Bed, random.Random], str], ...] = (kill_rank, kill_rank, stop_rank, kill_agent, kill_ssh)
+
+
+def main() -> int:
+    """Exit code 1 where the run did not end well, something was left, or the losses differ."""
+    parser = argparse.ArgumentParser(prog="python -m chaos.soak")
+    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--every", type=float, default=180, metavar="SECONDS", help="between faults")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts are taken down on the way out
+    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
+        with Hosts(4, Path(folder) / "c") as hosts:
+            write_inputs(hosts.folder / "shared/inputs")
+            beds = Bed("hosts", hosts), Bed("hosts", hosts, first=3)
+            return soak(*beds, args.minutes * 60, args.every, random.Random(args.seed), args.seed)
+
+
+def soak(bed: Bed, quiet: Bed, seconds: float, every: float, chance: random.Random, seed: int) -> int:
+    """Measures a step, runs both, disturbs one, compares."""
+    began = time.monotonic()
+    bed.compute_reference()
+    step_s = max(0.01, (time.monotonic() - began - bed.start_s) / STEPS)
+    steps = int(seconds / (TAKES_TURNS * step_s))
+    sets = [f"loop.max_steps={steps}", f"checkpoint.every={max(20, steps // 40)}", "checkpoint.keep_last=3"]
+    flags = [word for text in (*sets, "report.log_every=0", f"launch.hang_s={HANG_S}") for word in ("--set", text)]
+    print(f"seed {seed}: {steps} steps, one alone takes {step_s:.2f} s", flush=True)
+    quiet.work = bed.work
+    calm, job = quiet.train(*flags, run="calm"), bed.train(*flags, "--max-restarts", "1000", run="disturbed")
+    count = disturb(job, bed, every, chance)
+    code, calm_code = job.end(seconds * 4), calm.end(seconds * 4)
+    print("\n".join(line.text for line in job.out[-30:]), flush=True)
+    loss, undisturbed = final_loss(job, steps), final_loss(calm, steps)
+    left = bed.count_orphans() + quiet.count_orphans()
+    difference = abs(loss - undisturbed) / undisturbed
+    told = (
+        f"{count} faults in {(time.monotonic() - began) / 60:.0f} min; exit codes {code} and {calm_code}; {left} left; "
+    )
+    told += f"final loss {loss:.6f}, undisturbed {undisturbed:.6f}, difference {100 * difference:.3f}%; "
+    report = job.report()
+    told += f"steps lost {sum(a['steps_lost'] for a in report['attempts'])}, goodput {report['goodput']}"
+    passed = (code, calm_code, left) == (0, 0, 0) and difference <= MOST_DIFFERENCE
+    print(f"{told}: {'passed' if passed else 'failed'}", flush=True)
+    return 0 if passed else 1
+
+
+def disturb(job: Job, bed: Bed, every: float, chance: random.Random) -> int:
+    """A fault whenever the time has come and ranks train, until the run has ended; how many."""
+    count = 0
+    due = time.monotonic() + every
+    while job.process.poll() is None:
+        time.sleep(0.2)
+        if time.monotonic() < due or not trains(job):
+            continue
+        with suppress(IndexError, ValueError, ProcessLookupError, AssertionError):  # it was about to end by itself
+            told = chance.choice(FAULTS)(job, bed, chance)
+            count += 1
+            print(f"{time.strftime('%H:%M:%S')} fault {count}: {told}, attempt {newest(job)}", flush=True)
+            due = time.monotonic() + every * chance.uniform(0.8, 1.2)
+    return count
+
+
+def newest(job: Job) -> int:
+    """Number of the attempt in progress."""
+    return max((int(path.name.removeprefix("attempt_")) for path in job.run.glob("attempt_*")), default=0)
+
+
+def trains(job: Job) -> bool:
+    """Whether the newest attempt has finished a step."""
+    return bool(newest(job) and job.steps(newest(job)))
+
+
+def final_loss(job: Job, steps: int) -> float:
+    """The last step's, wherever it was done."""
+    for file in sorted(job.run.glob("attempt_*/rank_0000/steps.jsonl"), reverse=True):
+        for line in reversed(file.read_text().splitlines()):
+            record = json.loads(line)
+            if record["step"] == steps:
+                return float(record["loss"])
+    return float("nan")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
