@@ -214,7 +214,8 @@ class Crew:
         for tail in child.tails.values():
             tail.close()
         how = {"code": status if exited else None, "signal": None if exited else status}
-        last = list(child.tails["stderr"].last)
+        # The stack of a crash is followed by those of all other threads: its beginning tells more than its end.
+        last = stacks.crash(child.order.folder / "stderr") or list(child.tails["stderr"].last)
         match child.order.name:
             case "rank":
                 self._rank_ended(child, rss_bytes, tail=last, **how)

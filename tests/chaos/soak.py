@@ -64,14 +64,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts are taken down on the way out
+    print(f"--seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
         with Hosts(4, Path(folder) / "c") as hosts:
             write_inputs(hosts.folder / "shared/inputs")
             beds = Bed("hosts", hosts), Bed("hosts", hosts, first=3)
-            return soak(*beds, args.minutes * 60, args.every, random.Random(args.seed), args.seed)
+            return soak(*beds, args.minutes * 60, args.every, random.Random(args.seed))
 
 
-def soak(bed: Bed, quiet: Bed, seconds: float, every: float, chance: random.Random, seed: int) -> int:
+def soak(bed: Bed, quiet: Bed, seconds: float, every: float, chance: random.Random) -> int:
     """Measures a step, runs both, disturbs one, compares."""
     began = time.monotonic()
     bed.compute_reference()
@@ -79,7 +80,7 @@ def soak(bed: Bed, quiet: Bed, seconds: float, every: float, chance: random.Rand
     steps = int(seconds / (TAKES_TURNS * step_s))
     sets = [f"loop.max_steps={steps}", f"checkpoint.every={max(20, steps // 40)}", "checkpoint.keep_last=3"]
     flags = [word for text in (*sets, "report.log_every=0", f"launch.hang_s={HANG_S}") for word in ("--set", text)]
-    print(f"seed {seed}: {steps} steps, one alone takes {step_s:.2f} s", flush=True)
+    print(f"{steps} steps, one alone takes {step_s:.2f} s", flush=True)
     quiet.work = bed.work
     calm, job = quiet.train(*flags, run="calm"), bed.train(*flags, "--max-restarts", "1000", run="disturbed")
     count = disturb(job, bed, every, chance)

@@ -162,3 +162,12 @@ def test_a_failed_preparation_starts_no_rank(tmp_path):
     assert done.stderr.startswith("preparing failed: exit code 2\n")
     (run,) = (tmp_path / "runs").iterdir()
     assert not list(run.glob("attempt_1/rank_*"))
+
+
+def test_a_crash_is_shown_with_the_stack_it_came_in(tmp_path):
+    (tmp_path / "crash.py").write_text("import ctypes\ndef touch():\n    ctypes.string_at(0)\ntouch()\n")
+    words = [LAUNCH, "--nproc-per-node", "2", "--", "crash.py"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "failed first: SIGSEGV" in done.stderr) == (139, True)
+    assert "  Fatal Python error: Segmentation fault" in done.stderr
+    assert "line 3 in touch" in done.stderr
