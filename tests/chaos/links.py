@@ -16,7 +16,7 @@ from chaos.job import END_S, Job
 from chaos.table import Fault, Found
 
 AT = 25
-SLOW = ("rate", "8mbit", "burst", "16kb", "latency", "400ms")
+SLOW = ("rate", "8mbit", "burst", "160kb", "latency", "800ms")  # a burst takes the largest packet of a loopback
 SHIFTED_CLOCK = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>

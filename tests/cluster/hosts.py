@@ -82,6 +82,7 @@ class Host:
         self._port = f"{hosts.prefix}p{number}"
         self._number = number
         self.init: int | None = None
+        self._is_cut = False
         self.memory_group: Path | None = None
         """The cgroup that what runs here is in."""
 
@@ -110,6 +111,7 @@ class Host:
 
     def reboot(self) -> None:
         """Brings a killed one up again, plugged in anew."""
+        self.heal()  # the rules would take hold of the new device of this name too
         command("ip", "-n", self._hosts.switch, "link", "del", self._port)
         command("ip", "netns", "del", self.netns)
         self.boot()
@@ -161,10 +163,13 @@ class Host:
             for side, hook in (("from", "ingress"), ("to", "egress"))
         )
         self._switch("nft", "-f", "-", input=f"table netdev {self._port} {{\n{rules}}}\n")
+        self._is_cut = True
 
     def heal(self) -> None:
         """Undoes cut."""
-        self._switch("nft", "delete", "table", "netdev", self._port)
+        if self._is_cut:
+            self._switch("nft", "delete", "table", "netdev", self._port)
+            self._is_cut = False
 
     def enter(self, *words: str, cwd: Path | str = "/", **options: Any) -> subprocess.Popen[str]:
         """A process started on this host; it dies with the one that waits for it here."""
