@@ -8,6 +8,7 @@ of the final name is complete. Only safetensors and JSON, never pickle.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any, Final
 from safetensors import SafetensorError
 
 from falcon_dist.contract import UserError
+from falcon_dist.tensor_file import Told
 
 MANIFEST: Final = "manifest.json"
 TRAIN_STATE: Final = "train_state"
@@ -55,17 +57,11 @@ def committed(root: Path, step: int, facts: Mapping[str, Any]) -> Iterator[Path]
 @contextlib.contextmanager
 def written(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """The same for a folder of any name: it is there whole, with its manifest, or not at all."""
-    root = final.parent
-    partial = root / f"{final.name}{_PARTIAL}{os.getpid()}"
+    partial = partial_of(final)
     try:
         partial.mkdir(parents=True)
         yield partial
-        _write_manifest(partial, facts)
-        if final.exists():
-            # Only a resume that refused this very checkpoint writes it again.
-            final.rename(root / f"{final.name}.refused-{os.getpid()}")
-        partial.rename(final)
-        _sync(root)
+        commit(partial, final, facts)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f'checkpoint: cannot write "{final}": {reason}; earlier checkpoints are untouched') from error
@@ -73,8 +69,35 @@ def written(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    files = {str(f.relative_to(folder)): _told(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+def partial_of(final: Path, kind: str = "") -> Path:
+    """Where a folder is filled before it gets its name; two that are filled at once are of different kinds."""
+    return final.with_name(f"{final.name}{_PARTIAL}{kind}{os.getpid()}")
+
+
+def commit(partial: Path, final: Path, facts: Mapping[str, Any], told: Mapping[str, Told] | None = None) -> None:
+    """Gives a filled folder its manifest and its name; what stands there already is kept if it is whole.
+
+    Args:
+        partial: the folder, its files synchronised or to be.
+        final: its name.
+        facts: what the run tells of itself.
+        told: files that were hashed and synchronised while they were written, by name in the folder.
+    """
+    _write_manifest(partial, facts, told or {})
+    if fault_of(final) is None:
+        return  # a rank that was asked for this step in an emergency came first
+    if final.exists():
+        # Only a resume that refused this very checkpoint writes it again.
+        final.rename(final.with_name(f"{final.name}.refused-{os.getpid()}"))
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _write_manifest(folder: Path, facts: Mapping[str, Any], told: Mapping[str, Told]) -> None:
+    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+    files = {name: (told[name] if name in told else _told(folder / name))._asdict() for name in names}
+    if missing := set(told) - set(files):
+        raise FileNotFoundError(errno.ENOENT, f"{min(missing)} has gone", str(folder))
     for sub in {folder, *(f for f in folder.rglob("*") if f.is_dir())}:
         _sync(sub)
     path = folder / MANIFEST
@@ -83,9 +106,9 @@ def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     _sync(folder)
 
 
-def _told(path: Path) -> dict[str, Any]:
+def _told(path: Path) -> Told:
     _sync(path)
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return Told(path.stat().st_size, file_sha256(path))
 
 
 def _sync(path: Path) -> None:

@@ -48,6 +48,12 @@ EMERGENCY_WAIT_S: Final = 15.0
 EMERGENCY_GRACE_S: Final = 60.0
 """How long an emergency checkpoint may take, unless ``launch.emergency_grace_s`` says otherwise."""
 
+PEER_IS_GONE: Final = (
+    *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe"),
+    *("connection was closed", "recvValue failed", "Socket Timeout", "Timed out waiting", "peer is gone"),
+)
+"""What torch, gloo and oneCCL say in a rank whose peer has died."""
+
 # torchrun's names, so that any torch.distributed program finds what it knows.
 RANK: Final = "RANK"
 LOCAL_RANK: Final = "LOCAL_RANK"

@@ -140,6 +140,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         collator: RowCollator,
         reporter: Reporter,
         pace: Pace,
+        finished: Callable[[], None],
         save: Callable[[int], None],
         evaluate: Callable[[int], Verdict],
         asked_to_stop: Callable[[], bool],
@@ -151,6 +152,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self._collator = collator
         self._reporter = reporter
         self._pace = pace
+        self._finished = finished
         self._save = save
         self._evaluate = evaluate
         self._asked_to_stop = asked_to_stop
@@ -181,6 +183,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self._check_finite(step, logs, rows)
         self._report(step, logs, rows)
         self.last_step = step
+        self._finished()
         every, verdict = self._config.checkpoint.every, self._evaluate(step)
         leave = self._asked_to_stop()
         keep = verdict.stop or leave or (verdict.save and self._config.checkpoint.keep_best)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ class Reporter:
     def __init__(self, world: World, env: Mapping[str, str], rank_dir: Path | None) -> None:
         self._world = world
         self._events: TextIO | None = None
+        self._sending = threading.Lock()
         self._steps: TextIO | None = None
         self.phases: dict[str, float] = {}
         """Seconds spent in each phase."""
@@ -106,9 +108,10 @@ class Reporter:
         )
         self._send(event, shown=shown if log and self._world.is_main else None)
 
-    def checkpoint(self, path: Path, step: int) -> None:
-        """A checkpoint was committed."""
-        self._send({"event": "checkpoint", "path": str(path), "step": step}, shown=f"checkpoint {path}")
+    def checkpoint(self, path: Path, step: int, *, emergency: bool = False) -> None:
+        """A checkpoint was committed; ``emergency``: because the launcher asked for it."""
+        event = {"event": "checkpoint", "path": str(path), "step": step}
+        self._send({**event, "emergency": True} if emergency else event, shown=f"checkpoint {path}")
 
     def summary(self, lines: list[str]) -> None:
         """The closing text."""
@@ -117,6 +120,7 @@ class Reporter:
 
     def _send(self, event: dict[str, Any], shown: str | None = None) -> None:
         if self._events is not None:
-            self._events.write(json.dumps(event) + "\n")
+            with self._sending:
+                self._events.write(json.dumps(event) + "\n")
         elif shown is not None:
             print(shown, flush=True)

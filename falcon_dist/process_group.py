@@ -24,8 +24,8 @@ TIMEOUT = datetime.timedelta(seconds=120)
 @contextlib.contextmanager
 def open_group(
     world: World, env: Mapping[str, str] = os.environ, *, timeout: datetime.timedelta = TIMEOUT
-) -> Iterator[None]:
-    """The default process group of this run, for CPU tensors, as long as the block lasts.
+) -> Iterator[Store]:
+    """The default process group of this run, for CPU tensors, as long as the block lasts; gives the run's store.
 
     Raises:
         UserError: the backend is not known, or the group is not the world that was launched.
@@ -36,7 +36,7 @@ def open_group(
     # Not in a "finally": a rank that fails leaves at once, and its peers learn of it when its connections close.
     # Taking the group down could take them along for as long as a collective may take.
     _check_world(world)
-    yield
+    yield store
     # A DDP wrapper that outlives its gloo group can abort the process at exit; the Trainer's is held by cycles.
     gc.collect()
     dist.destroy_process_group()

@@ -19,10 +19,10 @@ from falcon_dist import affinity, checkpoint, contract, masking, stacks
 from falcon_dist.chat_template import set_template
 from falcon_dist.config import TrainConfig
 from falcon_dist.contract import RankResult
+from falcon_dist.emergency import Emergency, Updates
 from falcon_dist.engine.form import TrainingForm, choose
-from falcon_dist.engine.named import NamedOptimizer
 from falcon_dist.engine.native import load_model, load_tokenizer
-from falcon_dist.keeping import check_keeping, settle
+from falcon_dist.keeping import check_keeping
 from falcon_dist.loop import (
     PackedTrainer,
     RowCollator,
@@ -45,9 +45,11 @@ from falcon_dist.prepare import Prepared
 from falcon_dist.process_group import open_group, same_everywhere
 from falcon_dist.resume import resume_point
 from falcon_dist.rows import PackedStore
-from falcon_dist.run import Run, closing_lines, opening_lines, run_facts
+from falcon_dist.run import Run, closing_lines, opening_lines
+from falcon_dist.saving import Saver
 from falcon_dist.stopping import Stopper
 from falcon_dist.strategy.choice import make_strategy
+from falcon_dist.team import Team, gather
 from falcon_dist.tracking import check_tracking, evaluation_logs, trackers
 from falcon_dist.world import World
 
@@ -102,12 +104,13 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
     check_keeping(config.checkpoint, evaluates=bool(config.evaluate.every and len(store.evaluation)))
     for line in opening_lines(run):
         reporter.line(line)
-    with open_group(world, env):
+    with open_group(world, env) as board:
         same_everywhere(store.digest, "packed rows")
-        return _train_in_group(run, seen, resume=resume)
+        team = gather(board, world, run.checkpoints)
+        return _train_in_group(run, team, seen, resume=resume)
 
 
-def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Trained:
+def _train_in_group(run: Run, team: Team, seen: affinity.Observed, *, resume: bool) -> Trained:
     with run.reporter.phase("load"):
         tokenizer = load_tokenizer(run.prepared.model, run.config.model)
         set_template(tokenizer, run.config.data.template)
@@ -117,7 +120,7 @@ def _train_in_group(run: Run, seen: affinity.Observed, *, resume: bool) -> Train
         chosen = resume_point(run) if resume else None
     before = measure_base(run, model, tokenizer)
     monitor = make_monitor(run, model, tokenizer, chosen)
-    last_step = _fit(run, model, tokenizer, chosen, monitor)
+    last_step = _fit(run, model, tokenizer, team=team, chosen=chosen, monitor=monitor)
     saved = run.checkpoints / checkpoint.folder_name(last_step)
     result = RankResult(
         status="ok",
@@ -143,6 +146,8 @@ def _fit(
     run: Run,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    team: Team,
     chosen: checkpoint.Checkpoint | None,
     monitor: Monitor,
 ) -> int:
@@ -151,29 +156,31 @@ def _fit(
     optimizer = run.strategy.make_optimizer(model)
     if chosen:
         with run.reporter.phase("load"):
-            run.strategy.load(chosen.path, model, optimizer)
+            run.strategy.load(chosen.path, model, tokenizer, optimizer)
     if start >= run.schedule.total_steps or monitor.stopped:
         run.reporter.line(f"all {start} steps are done already")
         return start
     form = TrainingForm(model, choose(model.config, run.config.model, run.config.engine))
     run.reporter.line(form.line())
+    saver = Saver(
+        run=run,
+        team=team,
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        monitor=monitor,
+        updates=Updates(start, optimizer),
+    )
     with run.reporter.phase("train"), form.training():
-        return _run_trainer(run, model, tokenizer, optimizer, form, start=start, monitor=monitor)
+        return _run_trainer(run, saver, form, start=start)
 
 
-def _run_trainer(
-    run: Run,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: NamedOptimizer,
-    form: TrainingForm,
-    *,
-    start: int,
-    monitor: Monitor,
-) -> int:
+def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> int:
+    model, optimizer, monitor = saver.model, saver.optimizer, saver.monitor
     collator = RowCollator(run.store.train, masking.Masking.of(model))
     stopper = Stopper(run.reporter)
     pace = Pace(model)
+    emergency = Emergency(saver.save_last_finished if saver.can_save_alone else None, run.reporter)
     callback = StepCallback(
         config=run.config,
         schedule=run.schedule,
@@ -182,7 +189,8 @@ def _run_trainer(
         collator=collator,
         reporter=run.reporter,
         pace=pace,
-        save=lambda step: _save(run, model, tokenizer, optimizer, step=step, monitor=monitor),
+        finished=emergency.offer,
+        save=saver.save,
         evaluate=lambda step: _evaluate(monitor, trainer, step),
         asked_to_stop=stopper.after_step,
     )
@@ -192,13 +200,19 @@ def _run_trainer(
         args=trainer_settings(run.config, run.schedule, start, str(run.folder), **run.strategy.settings()),
         train_dataset=row_stream(run.schedule, start),
         data_collator=collator,
-        processing_class=tokenizer,
+        processing_class=saver.tokenizer,
         optimizers=(optimizer, make_scheduler(optimizer, run.config.optim, run.schedule, start)),
         callbacks=[pace, callback, *(trackers(run.config.report, run.folder, start) if run.world.is_main else ())],
     )
     trainer.remove_callback(PrinterCallback)  # steps are told by our own callback
     check_trainer(trainer, run.world)
-    trainer.train()
+    try:
+        trainer.train()
+    except Exception as error:
+        if not emergency.wait_after(error):
+            saver.finish_if_possible()
+        raise
+    saver.finish()
     run.strategy.check_wrapped(trainer.model_wrapped)
     if callback.last_step != run.schedule.total_steps and not (monitor.stopped or stopper.agreed):
         raise RuntimeError(f"trained to step {callback.last_step} of {run.schedule.total_steps}")
@@ -223,25 +237,3 @@ def check_trainer(trainer: PackedTrainer, world: World) -> None:
             f"launched as rank {world.rank} of {world.world_size}, but the trainer is rank "
             f"{trainer.args.process_index} of {trainer.args.world_size}"
         )
-
-
-def _save(
-    run: Run,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: NamedOptimizer,
-    *,
-    step: int,
-    monitor: Monitor,
-) -> None:
-    """Rank 0 commits; the others give what is theirs, if anything, and meet it at the next collective."""
-    if not run.world.is_main:
-        run.strategy.save(None, model, tokenizer, optimizer)
-        return
-    with run.reporter.phase("save"):
-        run.checkpoints.mkdir(exist_ok=True)
-        facts = {**run_facts(run), "evaluations": monitor.points}
-        with checkpoint.committed(run.checkpoints, step, facts) as folder:
-            run.strategy.save(folder, model, tokenizer, optimizer)
-        settle(run.checkpoints, step, run.config.checkpoint, monitor.best_step)
-    run.reporter.checkpoint(run.checkpoints / checkpoint.folder_name(step), step)

@@ -1,82 +1,132 @@
-"""The state of a run beside its weights: optimizer shards in safetensors, counters in JSON."""
+"""What is kept of a run: weights as plain transformers reads them, optimizer state in safetensors, counters in JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from falcon_dist import layout, tensor_file
 from falcon_dist.checkpoint import TRAIN_STATE
 from falcon_dist.contract import UserError
-from falcon_dist.engine.named import NamedOptimizer
+from falcon_dist.layout import Shard
+from falcon_dist.tensor_file import Told
 
-COUNTERS: Final = "counters.json"
+COUNTERS: Final = f"{TRAIN_STATE}/counters.json"
+OPTIMIZER: Final = f"{TRAIN_STATE}/optimizer"
+INDEX: Final = "model.safetensors.index.json"
 SHARD_BYTES: Final = 2 << 30
-"""Optimizer files are cut at this size: safetensors copies a file's tensors once while it writes."""
+"""Optimizer files are cut at this size."""
 
 
-def save_weights(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_shard_size: str) -> None:
-    """Weights, config and tokenizer as plain transformers reads them."""
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """The state of a run between two steps: the very tensors that are trained, by name."""
+
+    weights: Mapping[str, torch.Tensor]
+    """Under the names that plain transformers gives them, tied ones once."""
+    optimizer: Mapping[str, torch.Tensor]
+    """As "exp_avg/lm_head.weight"; empty where the optimizer is not kept."""
+    steps: int
+    """Updates that the optimizer has done."""
+    describe: Callable[[Path], None]
+    """Writes what says what the weights are: configuration, tokenizer."""
+    stem: str = "model"
+    """Weights are in STEM.safetensors, or in STEM-00001-of-00002.safetensors and so on."""
+    in_one_file: bool = False
+    """Who reads these weights knows of no second file."""
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Weights and state, under different names."""
+        return {**self.weights, **{f"{TRAIN_STATE}/{name}": tensor for name, tensor in self.optimizer.items()}}
+
+    def shards(self, *, writers: int, max_bytes: int) -> tuple[Shard, ...]:
+        """The files of a checkpoint; their tensors are named as in ``tensors``."""
+        weights = {name: tensor.nbytes for name, tensor in self.weights.items()}
+        state = {f"{TRAIN_STATE}/{name}": tensor.nbytes for name, tensor in self.optimizer.items()}
+        whole = sum(weights.values())
+        limits = (1, whole) if self.in_one_file else (writers, max_bytes)
+        return (
+            *layout.shards(weights, self.stem, writers=limits[0], max_bytes=limits[1]),
+            *layout.shards(state, OPTIMIZER, writers=writers, max_bytes=SHARD_BYTES),
+        )
+
+
+def named_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The live weights as ``save_pretrained`` would name and order them."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    return dict(remove_tied_weights_from_state_dict(state, model))
+
+
+def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Configuration and tokenizer as ``save_pretrained`` writes them: it does so on rank 0 only, we on any."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def save_optimizer(folder: Path, model: PreTrainedModel, optimizer: NamedOptimizer) -> None:
-    """The optimizer's state under parameter names, bit for bit."""
-    state_dir = folder / TRAIN_STATE
-    state_dir.mkdir()
-    state = optimizer.named_state(parameter_names(model))
-    for number, shard in enumerate(_shards(state), start=1):
-        save_file(shard, state_dir / f"optimizer-{number:05d}.safetensors")
-    (state_dir / COUNTERS).write_text(json.dumps({"optimizer_steps": optimizer.steps}) + "\n")
+def write_shards(folder: Path, shards: Iterable[Shard], tensors: Mapping[str, torch.Tensor]) -> dict[str, Told]:
+    """Writes these files; what each one is."""
+    told = {}
+    for shard in shards:
+        path = folder / shard.name
+        path.parent.mkdir(exist_ok=True)
+        names = {name.removeprefix(f"{TRAIN_STATE}/"): tensors[name] for name in shard.tensors}
+        told[shard.name] = tensor_file.write(path, names)
+    return told
 
 
-def _shards(state: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in state.items():
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor.contiguous()
-        size += tensor.nbytes
-    yield shard
+def write_rest(folder: Path, kept: Kept, shards: Sequence[Shard]) -> None:
+    """Everything beside the tensors: index, configuration, counters."""
+    kept.describe(folder)
+    files = [shard for shard in shards if not shard.name.startswith(TRAIN_STATE)]
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in kept.weights.values())},
+            "weight_map": {name: shard.name for shard in files for name in shard.tensors},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    if kept.optimizer:
+        (folder / TRAIN_STATE).mkdir(exist_ok=True)
+        (folder / COUNTERS).write_text(json.dumps({"optimizer_steps": kept.steps}) + "\n")
 
 
-def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Puts a checkpoint's weights into a model of the same shape, bit for bit."""
-    weights = _tensors(sorted(folder.glob("model*.safetensors")))
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=False)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied:
-        raise RuntimeError(f"{folder}: weights do not fit the model: missing {missing}, unexpected {unexpected}")
-
-
-def load_optimizer(folder: Path, model: PreTrainedModel, optimizer: NamedOptimizer) -> None:
-    """Gives the optimizer the state that ``save_optimizer`` kept.
+def load(folder: Path, kept: Kept) -> tuple[dict[str, torch.Tensor], int]:
+    """Fills the kept weights from a checkpoint; the optimizer's state, in tensors of its own, and its steps.
 
     Raises:
-        UserError: the checkpoint was saved without it; going on with a fresh one would train something else.
+        UserError: the checkpoint was saved without the optimizer; a fresh one would train something else.
     """
-    if not (folder / TRAIN_STATE / COUNTERS).is_file():
+    if not (folder / COUNTERS).is_file():
         raise UserError(f'--resume: "{folder}" has no optimizer state; it was saved with checkpoint.optimizer=false')
-    state = _tensors(sorted((folder / TRAIN_STATE).glob("optimizer-*.safetensors")))
-    counters = json.loads((folder / TRAIN_STATE / COUNTERS).read_text())
-    optimizer.load_named_state(parameter_names(model), state, counters["optimizer_steps"])
+    _fill(folder, kept)
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob(f"{OPTIMIZER}*.safetensors")):
+        state |= tensor_file.read(file)[0]
+    return state, json.loads((folder / COUNTERS).read_text())["optimizer_steps"]
 
 
-def _tensors(files: list[Path]) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 - not a dict
-    return tensors
+@torch.no_grad()
+def _fill(folder: Path, kept: Kept) -> None:
+    missing = dict(kept.weights)
+    for file in sorted(folder.glob(f"{kept.stem}*.safetensors")):
+        names = tensor_file.names_in(file)
+        if odd := sorted(set(names) - set(missing)):
+            raise RuntimeError(f'{file}: weights do not fit the model: unexpected "{odd[0]}"')
+        tensor_file.read_into(file, {name: missing.pop(name) for name in names})
+    if missing:
+        raise RuntimeError(f'{folder}: weights do not fit the model: no "{min(missing)}"')
 
 
 def parameter_names(model: PreTrainedModel) -> dict[torch.Tensor, str]:

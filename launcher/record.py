@@ -6,18 +6,12 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
-from falcon_dist.contract import RankResult
+from falcon_dist.contract import PEER_IS_GONE, RankResult
 from launcher.events import Cause, Ended
 from launcher.plan import LaunchPlan, RankPlan
 from launcher.report import RankOutcome, RunReport, outcome_of
-
-PEER_IS_GONE: Final = (
-    *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe"),
-    *("connection was closed", "recvValue failed", "Socket Timeout", "Timed out waiting", "peer is gone"),
-)
-"""What torch, gloo and oneCCL say in a rank whose peer has died."""
 
 
 @dataclass(slots=True)

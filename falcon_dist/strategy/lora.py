@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from falcon_dist import train_state
 from falcon_dist.config import LoraConfig, StrategyName
@@ -19,6 +19,7 @@ from falcon_dist.contract import UserError
 from falcon_dist.engine.named import NamedOptimizer
 from falcon_dist.order import Schedule
 from falcon_dist.strategy.replicated import Replicated
+from falcon_dist.train_state import Kept
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 ATTENTION_LAYERS: Final[dict[str, tuple[str, ...]]] = {
@@ -49,19 +50,23 @@ class Lora(Replicated):
         frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
 
-    def load(self, folder: Path, model: PreTrainedModel, optimizer: NamedOptimizer) -> None:
-        _load_adapters(folder, model)
-        train_state.load_optimizer(folder, model, optimizer)
+    def kept(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: NamedOptimizer) -> Kept:
+        """Adapters under the names of peft's files, which leave out the "default" that they have in a model."""
+        trained = train_state.parameter_names(model)
+        return Kept(
+            weights={f"base_model.model.{name.replace('.default.', '.')}": param for param, name in trained.items()},
+            optimizer=self.kept_state(model, optimizer),
+            steps=optimizer.steps,
+            describe=partial(_describe, model, tokenizer),
+            stem=WEIGHTS_FILE.removesuffix(".safetensors"),
+            in_one_file=True,
+        )
 
 
-@torch.no_grad()
-def _load_adapters(folder: Path, model: PreTrainedModel) -> None:
-    """Adapters from a file of peft's, which names them without the "default" that they have in a model."""
-    weights = load_file(folder / WEIGHTS_FILE)
-    for param, name in train_state.parameter_names(model).items():
-        param.copy_(weights.pop(f"base_model.model.{name.replace('.default.', '.')}"))
-    if weights:
-        raise RuntimeError(f"{folder}: adapters do not fit the model: unexpected {sorted(weights)}")
+def _describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    config: PeftLoraConfig = model.peft_config[model.active_adapters()[0]]
+    config.save_pretrained(str(folder))
+    tokenizer.save_pretrained(folder)
 
 
 def _peft_config(lora: LoraConfig, targets: Sequence[str]) -> PeftLoraConfig:

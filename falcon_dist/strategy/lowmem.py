@@ -29,6 +29,7 @@ class FullLowMemory(Replicated):
     """
 
     name: StrategyName = "full-lowmem"
+    steady = False
 
     def check(self, schedule: Schedule) -> None:
         if self.config.precision != "bf16":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from falcon_dist import train_state
 from falcon_dist.config import StrategyName, TrainConfig
 from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
 from falcon_dist.engine.named import NamedOptimizer
+from falcon_dist.layout import parse_size
 from falcon_dist.order import Schedule
+from falcon_dist.train_state import Kept
 from falcon_dist.world import World
 
 
@@ -25,6 +28,8 @@ class Replicated:
     """
 
     name: StrategyName = "ddp"
+    steady: bool = True
+    """Weights and state change within ``optimizer.step()`` and nowhere else."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config = config
@@ -59,6 +64,23 @@ class Replicated:
                 f"the trainer was to wrap the model in DistributedDataParallel, not {type(model).__name__}"
             )
 
+    def kept(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: NamedOptimizer
+    ) -> Kept | None:
+        """What a checkpoint holds; None: no rank has all of it, and ``save`` writes it while all wait."""
+        return Kept(
+            weights=train_state.named_weights(model),
+            optimizer=self.kept_state(model, optimizer),
+            steps=optimizer.steps,
+            describe=partial(train_state.describe_model, model, tokenizer),
+        )
+
+    def kept_state(self, model: PreTrainedModel, optimizer: NamedOptimizer) -> dict[str, torch.Tensor]:
+        """The optimizer's state, where it is kept, in an order that no run depends on."""
+        if not self.config.checkpoint.optimizer:
+            return {}
+        return dict(sorted(optimizer.named_state(train_state.parameter_names(model)).items()))
+
     def save(
         self,
         folder: Path | None,
@@ -67,17 +89,22 @@ class Replicated:
         optimizer: NamedOptimizer,
     ) -> None:
         """Writes weights and state into ``folder``; called on every rank, only rank 0 has a folder."""
-        if folder is None:
+        kept = self.kept(model, tokenizer, optimizer)
+        if folder is None or kept is None:
             return
-        train_state.save_weights(folder, model, tokenizer, self.config.checkpoint.max_shard_size)
-        if self.config.checkpoint.optimizer:
-            train_state.save_optimizer(folder, model, optimizer)
+        shards = kept.shards(writers=1, max_bytes=parse_size(self.config.checkpoint.max_shard_size))
+        train_state.write_shards(folder, shards, kept.tensors)
+        train_state.write_rest(folder, kept, shards)
 
-    def load(self, folder: Path, model: PreTrainedModel, optimizer: NamedOptimizer) -> None:
+    def load(
+        self, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: NamedOptimizer
+    ) -> None:
         """Takes what ``save`` wrote, bit for bit.
 
         Raises:
             UserError: the state is not there.
         """
-        train_state.load_weights(folder, model)
-        train_state.load_optimizer(folder, model, optimizer)
+        kept = self.kept(model, tokenizer, optimizer)
+        assert kept is not None
+        state, steps = train_state.load(folder, kept)
+        optimizer.load_named_state(train_state.parameter_names(model), state, steps)

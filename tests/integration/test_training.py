@@ -165,8 +165,12 @@ def processes_of(run: Path) -> list[int]:
 
 
 def kill_all_at(step: int, folder: Path, recipe: Path, run_id: str) -> None:
-    """Starts two ranks and kills everything the run consists of, launcher first, once this step is done."""
+    """Starts two ranks and kills everything the run consists of, launcher first, once this step is done.
+
+    Its steps take milliseconds: a checkpoint written beside them would never be committed before the end.
+    """
     words = [BIN / "falcon-launch", "--nproc-per-node", "2", "--recipe", recipe, "--run-id", run_id]
+    words += ["--set", "checkpoint.background=off"]
     run = folder / "runs" / run_id
     with subprocess.Popen(words, cwd=folder, env=environment(), stdout=subprocess.DEVNULL) as process:
         wait_for_step(run, step, process)

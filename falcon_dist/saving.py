@@ -1,0 +1,150 @@
+"""When a run's state is written down: after steps where it is due, and for a survivor of a rank that died."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from falcon_dist import checkpoint, train_state
+from falcon_dist.background import Copies, Job, Writer
+from falcon_dist.contract import UserError
+from falcon_dist.emergency import Updates
+from falcon_dist.engine.named import NamedOptimizer
+from falcon_dist.keeping import settle
+from falcon_dist.layout import parse_size
+from falcon_dist.monitor import Monitor
+from falcon_dist.run import Run, run_facts
+from falcon_dist.team import Team
+from falcon_dist.train_state import Kept
+
+LAST_WAIT_S: Final = 60.0
+
+
+@dataclass(kw_only=True)
+class Saver:
+    """Writes the checkpoints of one rank."""
+
+    run: Run
+    team: Team
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: NamedOptimizer
+    monitor: Monitor
+    updates: Updates
+    stalls_s: list[float] = field(default_factory=list)
+    """How long training stood still for each save."""
+
+    def __post_init__(self) -> None:
+        self._copies = Copies()
+        asked = self.run.config.checkpoint.background
+        self._in_background = asked == "on" or (asked == "auto" and self.run.strategy.steady)
+        self._writer = Writer(self.team)
+
+    @property
+    def can_save_alone(self) -> bool:
+        """This rank has the whole state, and it changes only where ``updates`` sees it."""
+        return self.run.strategy.steady and self._kept() is not None
+
+    def save(self, step: int) -> None:
+        """A checkpoint that is due; unless all must wait for it, it is written while training goes on."""
+        with self.run.reporter.phase("save"):
+            began = time.monotonic()
+            self._writer.finish()
+            kept = self._kept()
+            if kept is None:
+                self._save_together(step)
+            else:
+                self._begin(step, kept)
+            self.stalls_s.append(time.monotonic() - began)
+
+    def finish(self) -> None:
+        """Waits for the save that is under way.
+
+        Raises:
+            UserError: it failed, and no later one can make up for it.
+        """
+        with self.run.reporter.phase("save"):
+            fault = self._writer.finish()
+        if fault:
+            raise UserError(
+                f'checkpoint: cannot write in "{self.run.checkpoints}": {fault}; earlier checkpoints are untouched; '
+                "make room and go on with --resume"
+            )
+
+    def finish_if_possible(self) -> None:
+        """Where this rank ends for another reason: a save that all have a part in is not cut off."""
+        with suppress(RuntimeError):
+            self._writer.finish(LAST_WAIT_S)
+
+    def save_last_finished(self) -> tuple[Path, int]:
+        """The last finished step as a checkpoint, whatever the main thread does; its folder and step.
+
+        Raises:
+            UserError: it cannot be written, or its numbers are not finite.
+        """
+        with self.updates.held() as step:
+            path = self.run.checkpoints / checkpoint.folder_name(step)
+            if checkpoint.fault_of(path) is not None:
+                self._check_finite(step)
+                with checkpoint.committed(self.run.checkpoints, step, self._facts()) as folder:
+                    self.run.strategy.save(folder, self.model, self.tokenizer, self.optimizer)
+        return path, step
+
+    def _kept(self) -> Kept | None:
+        return self.run.strategy.kept(self.model, self.tokenizer, self.optimizer)
+
+    def _facts(self) -> dict[str, object]:
+        return {**run_facts(self.run), "evaluations": list(self.monitor.points)}
+
+    def _begin(self, step: int, kept: Kept) -> None:
+        config = self.run.config.checkpoint
+        shards = kept.shards(writers=len(self.team.writers), max_bytes=parse_size(config.max_shard_size))
+        mine = tuple(shard for shard in shards if self.team.writers[shard.writer] == self.team.rank)
+        live = kept.tensors
+        tensors = {name: live[name] for shard in mine for name in shard.tensors}
+        job = Job(
+            root=self.run.checkpoints,
+            step=step,
+            shards=mine,
+            tensors=self._copies.take(tensors) if self._in_background else tensors,
+            write_rest=partial(train_state.write_rest, kept=kept, shards=shards),
+            facts=self._facts(),
+        )
+        self._writer.begin(job, partial(self._settle, step, self.monitor.best_step))
+        if not self._in_background:
+            self._writer.finish()
+
+    def _settle(self, step: int, best: int | None, fault: str | None) -> None:
+        """What follows a save on the rank that leads."""
+        if not self.team.leads:
+            return
+        if fault:
+            self.run.reporter.line(
+                f"checkpoint of step {step} was not written: {fault}; earlier ones are untouched, training goes on"
+            )
+            return
+        settle(self.run.checkpoints, step, self.run.config.checkpoint, best)
+        self.run.reporter.checkpoint(self.run.checkpoints / checkpoint.folder_name(step), step)
+
+    def _save_together(self, step: int) -> None:
+        """Rank 0 commits; the others give what is theirs."""
+        run = self.run
+        if not run.world.is_main:
+            run.strategy.save(None, self.model, self.tokenizer, self.optimizer)
+            return
+        with checkpoint.committed(run.checkpoints, step, self._facts()) as folder:
+            run.strategy.save(folder, self.model, self.tokenizer, self.optimizer)
+        self._settle(step, self.monitor.best_step, None)
+
+    def _check_finite(self, step: int) -> None:
+        """The loop looks at loss and gradients of a step after its update, where this step may never have come to."""
+        for name, param in self.model.named_parameters():
+            if not torch.isfinite(param).all():
+                raise UserError(f'checkpoint: "{name}" is not finite after step {step}; it is not saved')

@@ -1,0 +1,110 @@
+"""The ranks that write a checkpoint together, and how they tell each other how far they are.
+
+They speak through the run's key-value store, in JSON, from a thread beside the one that trains: a collective there
+would mix with the training's own.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from falcon_dist.contract import UserError
+from falcon_dist.world import World
+
+SEEN_S: Final = 10.0
+"""How long a file may take to be seen by the other hosts of a shared folder."""
+POLL_S: Final = 0.01
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; the same few words on every rank."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Team:
+    """Rank 0 leads; the others write where they see its folder."""
+
+    board: Store
+    rank: int
+    writers: tuple[int, ...]
+    """Ranks that see rank 0's folder, itself included."""
+
+    @property
+    def leads(self) -> bool:
+        """This rank makes the folder and commits."""
+        return self.rank == 0
+
+    def tell(self, save: str, name: str, value: Any) -> None:
+        """Says something about a save."""
+        self.board.set(f"save/{save}/{name}", json.dumps(value))
+
+    def hear(self, save: str, name: str) -> Any:
+        """What was said about a save, once it is said.
+
+        Raises:
+            SaveError: the save has failed in the meantime.
+        """
+        wanted, done = f"save/{save}/{name}", f"save/{save}/done"
+        while not self.board.check([wanted]):
+            if self.board.check([done]):
+                self._check_done(self.board.get(done))
+            time.sleep(POLL_S)
+        value = json.loads(self.board.get(wanted))
+        if isinstance(value, dict) and "fault" in value:
+            raise SaveError(value["fault"])
+        return value
+
+    @staticmethod
+    def _check_done(text: bytes) -> None:
+        fault = json.loads(text).get("fault")
+        raise SaveError(fault or "it was ended without this rank's part")
+
+
+def gather(board: Store, world: World, root: Path) -> Team:
+    """Finds out who sees rank 0's folder of checkpoints; to be called by all ranks.
+
+    Raises:
+        UserError: rank 0 cannot write there.
+    """
+    if world.is_main:
+        token = secrets.token_hex(8)
+        sign = root / f".seen-{token}"
+        _try_to_write(root, sign)
+        board.set("team/sign", sign.name)
+        writers = [0, *(rank for rank in range(1, world.world_size) if board.get(f"team/{rank}") == b"yes")]
+        board.set("team/writers", json.dumps(writers))
+        sign.unlink()
+    else:
+        seen = _is_seen(root / board.get("team/sign").decode())
+        board.set(f"team/{world.rank}", "yes" if seen else "no")
+    found = json.loads(board.get("team/writers"))
+    return Team(board=board, rank=world.rank, writers=tuple(found))
+
+
+def _try_to_write(root: Path, sign: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        sign.write_text("")
+    except OSError as error:
+        raise UserError(f'checkpoint: cannot write in "{root}": {error.strerror}; nothing was trained') from error
+
+
+def _is_seen(sign: Path) -> bool:
+    deadline = time.monotonic() + SEEN_S
+    if not sign.parent.is_dir():
+        return False
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            if sign.exists():
+                return True
+            list(sign.parent.iterdir())  # makes NFS look again
+        time.sleep(POLL_S)
+    return False

@@ -1,0 +1,69 @@
+"""Our safetensors files against the library's, and what is noticed while they are read."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from falcon_dist import tensor_file
+
+TENSORS = {
+    "weight": torch.randn(7, 5).to(torch.bfloat16),
+    "turned": torch.randn(4, 6).T,
+    "scalar": torch.tensor(3, dtype=torch.int64),
+    "empty": torch.empty(0, 3),
+    "flags": torch.tensor([True, False, True]),
+}
+
+
+def blank() -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+
+
+def test_the_library_reads_what_is_written_here(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    told = tensor_file.write(path, TENSORS)
+    assert told == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    read = load_file(path)
+    assert list(read) == sorted(TENSORS) or set(read) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+
+
+def test_what_the_library_writes_is_read_here(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, path)
+    targets = blank()
+    told = tensor_file.read_into(path, targets)
+    assert told.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    for name, tensor in TENSORS.items():
+        assert torch.equal(targets[name], tensor)
+    assert set(tensor_file.names_in(path)) == set(TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t.pop("weight"), 'it holds other tensors than the model has: "weight"'),
+        (lambda t: t.update(weight=torch.zeros(5, 7, dtype=torch.bfloat16)), r'"weight" is BF16 \[7, 5\], the model'),
+        (lambda t: t.update(weight=torch.zeros(7, 5)), r'"weight" is BF16 \[7, 5\], the model has F32 \[7, 5\]'),
+    ],
+)
+def test_a_file_of_another_model_is_refused(tmp_path: Path, change, reason: str) -> None:
+    tensor_file.write(tmp_path / "a", TENSORS)
+    targets = blank()
+    change(targets)
+    with pytest.raises(ValueError, match=reason):
+        tensor_file.read_into(tmp_path / "a", targets)
+
+
+def test_a_cut_file_is_refused(tmp_path: Path) -> None:
+    tensor_file.write(tmp_path / "a", TENSORS)
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="it ends too early"):
+        tensor_file.read_into(tmp_path / "a", blank())
