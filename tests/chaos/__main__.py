@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import datetime
 import fcntl
+import json
 import os
 import platform
 import signal
@@ -14,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from cluster.hosts import Hosts
 
 from chaos import entering, hostile, links, ranks, saving
 from chaos.bed import Bed, write_inputs
-from chaos.table import MODES, Fault, Found, Line, Mode, check_complete, markdown
+from chaos.table import MODES, Fault, Found, Line, Mode, check_complete, markdown, newest
 
 FAMILIES = (ranks, links, saving, entering, hostile)
 ALL: tuple[Fault, ...] = tuple(sorted((f for family in FAMILIES for f in family.FAULTS), key=lambda f: f.number))
@@ -55,9 +57,11 @@ def main() -> int:
                     with _shared(args.share):
                         lines.append(_try(fault, beds[mode]))
                     _tell(lines[-1])
+                    _keep(lines[-1], args.results)
             facts = _facts(beds, time.monotonic() - began)
     if args.report:
-        args.report.write_text(markdown(lines, facts, INTRO))
+        kept = [json.loads(text) for text in args.results.read_text().splitlines()] if args.results else []
+        args.report.write_text(markdown(newest(kept) or lines, facts, INTRO))
     failed = [line for line in lines if not line.passed]
     print(f"{len(lines) - len(failed)} of {len(lines)} passed in {time.monotonic() - began:.0f} s")
     return 1 if failed else 0
@@ -69,6 +73,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--modes", type=lambda text: text.split(","), default=MODES)
     parser.add_argument("--quick", action="store_true", help="the slice for CI")
     parser.add_argument("--report", type=Path, help="write the table here")
+    parser.add_argument("--results", type=Path, help="add each row to this file, and report all rows that are in it")
     parser.add_argument("--share", type=Path, help="file whose lock is shared during each row, and free between them")
     return parser.parse_args()
 
@@ -100,6 +105,12 @@ def _tell(line: Line) -> None:
     print(" | ".join(line.cells()), flush=True)
     if not line.passed:
         print(f"    {line.why}", flush=True)
+
+
+def _keep(line: Line, file: Path | None) -> None:
+    if file is not None:
+        with file.open("a") as kept:
+            kept.write(json.dumps(asdict(line)) + "\n")
 
 
 def _facts(beds: dict[Mode, Bed], seconds: float) -> dict[str, str]:

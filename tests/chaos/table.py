@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from chaos.bed import Bed
@@ -93,6 +93,15 @@ def markdown(lines: Sequence[Line], facts: Mapping[str, str], intro: str) -> str
     why = "\n\nWhy rows failed:\n\n" + "\n".join(map(_cell, failed)) if failed else ""
     passed = sum(line.passed for line in lines)
     return f"{intro}\n\n{told}\n- passed: {passed} of {len(lines)}\n\n{table}{why}\n"
+
+
+def newest(kept: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """Lines of several series of rows, the last of each row and mode, in order."""
+    lines = [
+        Line(**{**told, "found": Found(**{**told["found"], "wrong": tuple(told["found"]["wrong"])})}) for told in kept
+    ]
+    last = {(line.number, line.mode): line for line in lines}
+    return sorted(last.values(), key=lambda line: (line.number, MODES.index(line.mode)))
 
 
 def check_complete(faults: Sequence[Fault]) -> None:

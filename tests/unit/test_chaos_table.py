@@ -1,5 +1,8 @@
+import dataclasses
+import json
+
 import pytest
-from chaos.table import HEAD, Fault, Found, Line, check_complete, markdown
+from chaos.table import HEAD, Fault, Found, Line, check_complete, markdown, newest
 
 GOOD = Found(detected_s=0.04, cause="rank 1 died | badly", again_s=9.97, steps_lost=0, exit_code=0)
 
@@ -25,6 +28,13 @@ def test_what_is_wrong_or_left_fails_a_row_and_is_told(found, why):
     page = markdown([line(), line(found)], {}, "# Faults")
     assert page.count("| passed |") == page.count("| failed |") == 1
     assert f"- 1 local: {why}" in page
+
+
+def test_series_of_rows_are_put_together():
+    later = dataclasses.replace(line(), found=Found(wrong=("worse",)))
+    other = dataclasses.replace(line(), mode="hosts")
+    kept = [json.loads(json.dumps(dataclasses.asdict(one))) for one in (other, line(), later)]
+    assert newest(kept) == [later, other]
 
 
 def test_the_catalogue_has_every_row_once():
