@@ -19,6 +19,8 @@ POLL_S: Final = 2.0
 """How often Slurm is asked; its controller has others to serve too."""
 CLIENT_S: Final = 60.0
 """How long one of Slurm's programs may take."""
+REQUEUE_S: Final = 60.0
+"""How long Slurm may take to end a job that it starts again."""
 SILENCE_S: Final = 120.0
 """So long the controller may be away."""
 
@@ -32,15 +34,19 @@ def submit(script: str) -> str:
     return _client("sbatch", "--parsable", given=script).partition(";")[0].strip()
 
 
-def requeue(within: Allocation, most: int) -> str:
-    """Asks Slurm to start the job we are in again, unless that was done often enough; what came of it."""
+def requeue(within: Allocation, most: int, say: Callable[[str], None]) -> None:
+    """Asks Slurm to start the job we are in again, unless that was done often enough, and waits to be ended by it."""
     if within.restarts >= most:
-        return f"job {within.job} is not started again: {most} requeues were allowed (launch.max_requeues)"
+        say(f"job {within.job} is not started again: {most} requeues were allowed (launch.max_requeues)")
+        return
+    say(f"job {within.job} is to be started again by Slurm: requeue {within.restarts + 1} of {most}")
     try:
         _client("scontrol", "requeue", within.job)
     except LaunchError as fault:
-        return f"job {within.job} is not started again: {fault}"
-    return f"job {within.job} is started again by Slurm: requeue {within.restarts + 1} of {most}"
+        say(f"job {within.job} is not started again: {fault}")
+    else:
+        # A job that ends by itself in this moment can count as failed instead.
+        time.sleep(REQUEUE_S)
 
 
 class Follower:
@@ -62,7 +68,10 @@ class Follower:
         """
         stopped_by: int | None = None
         with stopping_signals() as woken_by:
-            while not (state := self._look()).is_final:
+            before: JobState | None = None
+            # A job on its way to be started again can seem ended for a moment.
+            while not ((state := self._look()).is_final and state == before):
+                before = state
                 if select.select([woken_by], [], [], POLL_S)[0]:
                     for number in os.read(woken_by, 64):
                         stopped_by = self._on_signal(number) or stopped_by

@@ -98,16 +98,17 @@ def _run(
     folder.keep_last_report(report)
     console.conclude(json.dumps(report.to_json()) if order.as_json else render.closing_text(report))
     if report.outcome == "stopped" and way.by_srun and way.allocation is not None:
-        console.say(_start_again(order, config, way.allocation))
+        _start_again(order, config, way.allocation, console)
     return report.exit_code
 
 
-def _start_again(order: Order, config: LaunchConfig, job: Allocation) -> str:
+def _start_again(order: Order, config: LaunchConfig, job: Allocation, console: Console) -> None:
     from launcher import batch
 
     if order.flags.resume is None:
-        return f"job {job.job} is not started again: without --resume auto it would begin at the first step"
-    return batch.requeue(job, config.launch.max_requeues)
+        console.say(f"job {job.job} is not started again: without --resume auto it would begin at the first step")
+    else:
+        batch.requeue(job, config.launch.max_requeues, console.say)
 
 
 def _submit(order: Order, config: LaunchConfig) -> int:

@@ -91,7 +91,8 @@ class Host:
         for folder in (self.disk, self.folder / "cgroup"):
             folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "ready").unlink(missing_ok=True)
-        self._plug()
+        if not Path("/run/netns", self.netns).exists():  # it was off for a while
+            self._plug()
         words = ["nsenter", f"--net=/run/netns/{self.netns}", "unshare", "--pid", "--fork", "--uts", "--ipc"]
         words += ["--mount", "--propagation", "private", sys.executable, "-I", str(INIT)]
         words += [self.name, str(self.folder), str(self._hosts.folder)]
