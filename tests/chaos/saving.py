@@ -57,7 +57,7 @@ def not_finite(bed: Bed) -> Found:
 
 def weight_flipped(bed: Bed) -> Found:
     """One bit of one weight in one rank's memory."""
-    job = bed.train("--max-restarts", "3", "--set", "checkpoint.replica_check=5", *bed.inside(1, AT, "flip a weight"))
+    job = bed.train("--max-restarts", "3", "--set", "loop.check_replicas=5", *bed.inside(1, AT, "flip a weight"))
     wait_until(lambda: (job.run / "attempt_1/rank_0001/injected").exists() or job.process.poll(), 120)
     job.mark()
     return merge(
