@@ -54,7 +54,8 @@ class Team:
         """
         wanted, done = f"save/{save}/{name}", f"save/{save}/done"
         while not self.board.check([wanted]):
-            if self.board.check([done]):
+            # What is said before the end is there when the end is: it may have come since it was looked for.
+            if self.board.check([done]) and not self.board.check([wanted]):
                 self._check_done(self.board.get(done))
             time.sleep(POLL_S)
         value = json.loads(self.board.get(wanted))
