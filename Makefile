@@ -58,6 +58,15 @@ test-slurm: $(READY)
 test-kills: $(READY)
 	$(BIN)/python -m pytest tests/cluster/test_kills.py -m slow
 
+.PHONY: bench-7b
+# Falcon-7B at its true size, random weights: 28 GB of disk below .cache, 24 GiB of memory.
+bench-7b: $(READY)
+	test -d .cache/falcon-7b/model || $(BIN)/python benchmarks/falcon_7b.py make .cache/falcon-7b
+	for strategy in lora full-lowmem; do \
+	  $(BIN)/python benchmarks/falcon_7b.py run .cache/falcon-7b $$strategy && \
+	  $(BIN)/python benchmarks/falcon_7b.py reload .cache/falcon-7b $$strategy || exit 1; \
+	done
+
 # W&B, offline, and MLflow, in a folder, told by a run on two ranks.
 test-trackers: $(READY)
 	$(PIP) --editable '.[trackers]'

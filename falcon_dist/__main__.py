@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 from falcon_dist import contract
 from falcon_dist.contract import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, RankResult, UserError
 
-SPOKEN: Final = ("chat", "compare", "merge", "preview", "push", "quantize")
+SPOKEN: Final = ("chat", "compare", "estimate", "merge", "preview", "push", "quantize")
 """Verbs for people: each a module with a function of its name."""
 VERBS: Final = ("prepare", "train", *SPOKEN)
 

@@ -15,7 +15,7 @@ from falcon_dist.metrics import Reporter
 from falcon_dist.order import Schedule
 from falcon_dist.prepare import Prepared
 from falcon_dist.rows import PackedStore
-from falcon_dist.strategy.memory import replicated
+from falcon_dist.strategy.memory import RankMemory
 from falcon_dist.strategy.replicated import Replicated
 from falcon_dist.world import World
 
@@ -52,10 +52,9 @@ def run_facts(run: Run) -> dict[str, Any]:
     }
 
 
-def opening_lines(run: Run) -> list[str]:
+def opening_lines(run: Run, memory: RankMemory) -> list[str]:
     """The arithmetic of the run and what a rank will hold, told before anything is loaded."""
-    s, gib = run.schedule, 1 << 30
-    memory = replicated(run.prepared.parameters, run.config.precision)
+    s = run.schedule
     seen = f", {s.unseen_rows:,} rows never trained" if s.unseen_rows else ""
     return [
         f"{s.num_rows:,} training rows and {len(run.store.evaluation):,} held-out rows, "
@@ -63,9 +62,7 @@ def opening_lines(run: Run) -> list[str]:
         f"batch: {s.micro_batch} rows x {s.grad_accum} accumulated x {s.world_size} ranks = {s.global_batch} rows a "
         f"step; {s.total_steps:,} steps = {s.total_rows:,} rows ({s.epoch_at(s.total_steps):.2f} epochs), "
         f"{s.padding_rows} padding rows{seen}",
-        f"memory per rank: {memory.total / gib:.2f} GiB = weights {memory.weights / gib:.2f} + gradients "
-        f"{memory.gradients / gib:.2f} + optimizer {memory.optimizer / gib:.2f} ({run.config.precision}), "
-        "activations on top",
+        f"memory per rank, at most about: {memory.text()} ({run.config.strategy}, {run.config.precision})",
     ]
 
 

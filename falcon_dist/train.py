@@ -21,7 +21,8 @@ from falcon_dist.config import TrainConfig
 from falcon_dist.contract import RankResult
 from falcon_dist.emergency import Emergency, Updates
 from falcon_dist.engine.form import TrainingForm, choose
-from falcon_dist.engine.native import load_model, load_tokenizer
+from falcon_dist.engine.native import load_config, load_model, load_tokenizer, stay_in_place
+from falcon_dist.host_memory import total_bytes
 from falcon_dist.keeping import check_keeping
 from falcon_dist.loop import (
     PackedTrainer,
@@ -49,6 +50,7 @@ from falcon_dist.run import Run, closing_lines, opening_lines
 from falcon_dist.saving import Saver
 from falcon_dist.stopping import Stopper
 from falcon_dist.strategy.choice import make_strategy
+from falcon_dist.strategy.memory import check_fits
 from falcon_dist.team import Team, gather
 from falcon_dist.tracking import check_tracking, evaluation_logs, trackers
 from falcon_dist.world import World
@@ -102,7 +104,14 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
     check_evaluate(config.evaluate, len(store.evaluation), prompts_of(config.evaluate) if world.is_main else ())
     check_tracking(config.report)
     check_keeping(config.checkpoint, evaluates=bool(config.evaluate.every and len(store.evaluation)))
-    for line in opening_lines(run):
+    memory = check_fits(
+        config,
+        load_config(prepared.model, config.model),
+        world_size=world.world_size,
+        ranks=world.local_world_size,
+        host=total_bytes(),
+    )
+    for line in opening_lines(run, memory):
         reporter.line(line)
     with open_group(world, env) as board:
         same_everywhere(store.digest, "packed rows")
@@ -116,6 +125,7 @@ def _train_in_group(run: Run, team: Team, seen: affinity.Observed, *, resume: bo
         set_template(tokenizer, run.config.data.template)
         model = load_model(run.prepared.model, run.config.model, run.config.precision)
         masking.check_packing(model.config, run.config.data.packing_kind != "off")
+        stay_in_place(model)
         run.strategy.ready(model)
         chosen = resume_point(run) if resume else None
     before = measure_base(run, model, tokenizer)

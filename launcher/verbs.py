@@ -24,6 +24,7 @@ OWN: Final = {
 HANDED_ON: Final = {
     "chat": "talk to a model or a checkpoint",
     "compare": "two models on the same held-out rows and prompts",
+    "estimate": "memory that a run will need, by strategy, before anything is loaded",
     "merge": "write a model with the adapters of a LoRA run added to its weights",
     "quantize": "write a checkpoint with int8 or int4 weights",
     "push": "send a checkpoint to the Hugging Face hub, with a model card",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from transformers import (
@@ -57,6 +57,21 @@ def load_model(source: Path | str, config: ModelConfig, precision: Precision) ->
     model.config._attn_implementation = "eager" if config.attention == "eager" else "sdpa"
     model.train()
     return model
+
+
+def stay_in_place(model: PreTrainedModel) -> None:
+    """Makes ``model.to`` a CPU do nothing.
+
+    In a group of ranks the trainer moves its model to "cpu:0", "cpu:1", ...: to torch other devices than "cpu", so
+    that every weight would be copied, and none be shared with the host's other ranks any more.
+    """
+    move = model.to
+
+    def to(*args: Any, **kwargs: Any) -> Any:
+        stays = not kwargs and len(args) == 1 and isinstance(args[0], torch.device) and args[0].type == "cpu"
+        return model if stays else move(*args, **kwargs)
+
+    model.to = to
 
 
 def base_of(source: Path | str) -> str:

@@ -1,30 +1,198 @@
-"""Bytes a rank needs, told before anything is loaded."""
+"""Bytes that a rank and a host will need at most, told before anything is loaded, and what would fit instead.
+
+Weights, gradients and optimizer follow from the parameters' shapes. What forward keeps for backward is counted by
+sending a batch through the model on the meta device, where tensors have shapes but no memory.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
-from falcon_dist.config import Precision
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from falcon_dist.config import Precision, StrategyName, TrainConfig
+from falcon_dist.contract import UserError
+from falcon_dist.engine.adafactor import state_shapes
+from falcon_dist.engine.attention import register
+from falcon_dist.engine.form import Choice, choose
+from falcon_dist.engine.head import CHUNK_BYTES
+from falcon_dist.strategy.lora import trained_parameters
+
+GIB: Final = 1 << 30
+PROGRAM_BYTES: Final = 900 << 20
+"""Python with torch, transformers and trl, and what their threads keep: measured before a model is loaded."""
+SPARE: Final = 0.03
+"""Share of a host that the system itself keeps."""
 _WEIGHT_BYTES: dict[Precision, int] = {"bf16": 2, "bf16-autocast": 4, "fp32": 4}
+NEAREST: Final[tuple[StrategyName, ...]] = ("ddp", "full-lowmem", "lora")
+"""From the one that changes training least to the one that needs least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankMemory:
-    """Bytes of one rank's training state; activations come on top."""
+    """The most that one rank holds at once, in bytes."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    """Two fp32 moments, and an fp32 master copy where the weights are bf16."""
+    mapped: int = 0
+    """Weights that are never written: pages of their files, there once for all ranks of a host."""
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    """What forward keeps for backward."""
+    working: int = 0
+    """What single operations need on top: logits, the widest layer's gradients, an optimizer's copy."""
+    program: int = PROGRAM_BYTES
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        """Resident memory of one rank."""
+        return self.mapped + self.own
+
+    @property
+    def own(self) -> int:
+        """Without what it shares with its host's other ranks."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working + self.program
+
+    def on_host(self, ranks: int) -> int:
+        """Bytes that ``ranks`` of these need together."""
+        return self.mapped + ranks * self.own
+
+    def text(self) -> str:
+        """ "3.10 GiB = weights 0.25 + ..." with the parts that are not nothing."""
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        told = " + ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items() if value >= GIB // 200)
+        return f"{self.total / GIB:.2f} GiB = {told}"
 
 
-def replicated(parameters: int, precision: Precision) -> RankMemory:
-    """State of plain data parallelism, where every rank holds all of it."""
-    weight = _WEIGHT_BYTES[precision]
-    master = 0 if weight == 4 else 4
-    return RankMemory(weights=parameters * weight, gradients=parameters * weight, optimizer=parameters * (8 + master))
+def meta_model(plan: PreTrainedConfig, choice: Choice) -> PreTrainedModel:
+    """A model of this architecture with the attention it trains with; it takes no memory."""
+    register()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(plan, attn_implementation=choice.attention)
+    model.train()
+    return model
+
+
+def predict(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> RankMemory:
+    """What one rank of this run will hold."""
+    choice = choose(plan, config.model, config.engine)
+    model = meta_model(plan, choice).to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    params = list(model.parameters())
+    each = _WEIGHT_BYTES[config.precision]
+    weights = sum(param.numel() for param in params) * each
+    working = _head_bytes(config, model, choice) + _widest_bytes(config, model)
+    adapters = trained_parameters(model, config.lora) if config.strategy == "lora" else 0
+    common = {"activations": _kept_bytes(config, model), "working": working}
+    if config.strategy == "lora":
+        state = adapters * (12 if each == 2 else 8)
+        grads = adapters * each * (2 if world_size > 1 else 1)
+        own = dataclasses.replace(_mapped(config, weights), gradients=grads, optimizer=state)
+        return dataclasses.replace(own, weights=own.weights + adapters * each, **common)
+    if config.strategy == "full-lowmem":
+        return RankMemory(weights=weights, gradients=_two_largest(params), optimizer=_factored(params), **common)
+    optimizer = sum(param.numel() for param in params) * (12 if each == 2 else 8)
+    common["working"] = max(working, 4 * max(param.numel() for param in params))
+    return RankMemory(weights=weights, gradients=weights * (2 if world_size > 1 else 1), optimizer=optimizer, **common)
+
+
+def _mapped(config: TrainConfig, weights: int) -> RankMemory:
+    """Frozen weights: the file's pages where it has their dtype, which is taken to be bf16, else a copy."""
+    return RankMemory(mapped=weights) if config.precision == "bf16" else RankMemory(weights=weights)
+
+
+def _two_largest(params: Iterable[Tensor]) -> int:
+    """A tied embedding's gradient lives through backward, and beside it that of the weight being stepped."""
+    largest = sorted((param.numel() for param in params), reverse=True)[:2]
+    return 2 * sum(largest)
+
+
+def _factored(params: Iterable[Tensor]) -> int:
+    return sum(4 * sum(sum(shape) for shape in state_shapes(param).values()) for param in params)
+
+
+def _head_bytes(config: TrainConfig, model: PreTrainedModel, choice: Choice) -> int:
+    """Logits and what becomes of them."""
+    rows = config.loop.micro_batch * config.data.max_length
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    if not choice.chunked_head:
+        return rows * int(vocabulary) * (2 + 3 * 4)
+    logits = rows * int(vocabulary) * model.dtype.itemsize
+    chunk = min(logits, CHUNK_BYTES)
+    summed = 0 if config.strategy == "lora" or logits <= CHUNK_BYTES else 8 * int(vocabulary) * int(width)
+    return int(chunk + summed)
+
+
+def _widest_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
+    """Gradients of the widest layer's input and output, while backward is there."""
+    rows = config.loop.micro_batch * config.data.max_length
+    widest = max(max(p.shape) for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
+    return int(4 * rows * widest * model.dtype.itemsize)
+
+
+def _kept_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
+    """Bytes that forward of one micro-batch keeps for backward, each storage once, without the weights.
+
+    Frozen weights keep less: with adapters, autograd drops inputs that only a weight's gradient would need.
+    """
+    if config.strategy == "lora":
+        from falcon_dist.strategy.lora import Lora
+        from falcon_dist.world import World
+
+        Lora(config, World()).ready(model)
+    if config.loop.grad_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    known = {param.untyped_storage()._cdata for param in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return tensor
+
+    shape = (config.loop.micro_batch, config.data.max_length)
+    ids = torch.zeros(shape, dtype=torch.int64, device="meta")
+    positions = torch.zeros((1, shape[1]), dtype=torch.int64, device="meta")
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16-autocast")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def fitting(config: TrainConfig, plan: PreTrainedConfig, world_size: int, ranks: int, host: int) -> str | None:
+    """The nearest other strategy that fits ``ranks`` into ``host`` bytes, or None."""
+    for name in NEAREST:
+        try:
+            other = predict(dataclasses.replace(config, strategy=name), plan, world_size)
+        except UserError:
+            continue
+        if name != config.strategy and other.on_host(ranks) <= usable(host):
+            return name
+    return None
+
+
+def usable(host: int) -> int:
+    """Bytes of a host that ranks may fill."""
+    return int(host * (1 - SPARE))
+
+
+def check_fits(config: TrainConfig, plan: PreTrainedConfig, *, world_size: int, ranks: int, host: int) -> RankMemory:
+    """What one rank will hold.
+
+    Raises:
+        UserError: ``ranks`` of them are more than a host has; names the nearest strategy that fits.
+    """
+    found = predict(config, plan, world_size)
+    if found.on_host(ranks) <= usable(host):
+        return found
+    other = fitting(config, plan, world_size, ranks, host)
+    cure = f"set strategy={other}" if other else "use fewer ranks a host, hosts with more memory, or shorter rows"
+    raise UserError(
+        f'strategy "{config.strategy}" needs {found.on_host(ranks) / GIB:.1f} GiB a host for {ranks} ranks, of '
+        f"{host / GIB:.1f} GiB it has: {found.text()}; {cure}"
+    )

@@ -14,7 +14,6 @@ from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
 from falcon_dist.evaluate import ratio
 from falcon_dist.loop import learning_rate_factor
 from falcon_dist.loss import count_labels, token_losses
-from falcon_dist.strategy.memory import replicated
 from falcon_dist.train_state import parameter_names
 from falcon_dist.world import World
 
@@ -106,12 +105,6 @@ def test_standard_error_is_over_records() -> None:
     # two records of means 1 and 3: standard deviation sqrt(2), over sqrt(2) records
     assert result.standard_error == pytest.approx(1.0)
     assert result.perplexity == pytest.approx(math.exp(2))
-
-
-def test_memory_of_falcon_7b() -> None:
-    gib = 1 << 30
-    assert replicated(6_921_720_704, "fp32").total / gib == pytest.approx(103.1, abs=0.05)
-    assert replicated(6_921_720_704, "bf16").total == 16 * 6_921_720_704
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,75 @@
+"""``falcon estimate``: memory that a run will need at most, by strategy, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from falcon_dist.contract import UserError
+from falcon_dist.engine.native import load_config
+from falcon_dist.host_memory import total_bytes
+from falcon_dist.prepare import find_model
+from falcon_dist.settings import load
+from falcon_dist.strategy.memory import GIB, NEAREST, RankMemory, predict, usable
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The verb's own flags."""
+    parser = argparse.ArgumentParser(prog="falcon estimate", description=__doc__, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("run", nargs="?", default="demo", help="a recipe, a run folder or its config.json (demo)")
+    flag("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="as falcon-launch takes it")
+    flag("--nproc-per-node", type=int, default=1, metavar="N", help="ranks of a host (1)")
+    flag("--nnodes", type=int, default=1, metavar="N", help="hosts (1)")
+    flag("--memory", type=float, metavar="GIB", help="of a host (this one's)")
+    flag("--format", choices=("text", "json"), default="text")
+    return parser.parse_args(argv)
+
+
+def estimate(argv: Sequence[str]) -> int:
+    """Prints what each strategy needs; the exit code tells whether the one asked for fits: 0, or 1.
+
+    Raises:
+        UserError: there is no such run or model, or a number is out of range.
+    """
+    args = parse_args(argv)
+    for name in ("nproc_per_node", "nnodes"):
+        if getattr(args, name) < 1:
+            raise UserError(f'falcon estimate: --{name.replace("_", "-")} must be at least 1: "{getattr(args, name)}"')
+    config = load(args.run, args.sets)
+    plan = load_config(find_model(config.model), config.model)
+    host = int(args.memory * GIB) if args.memory else total_bytes()
+    world_size = args.nproc_per_node * args.nnodes
+    found = {
+        name: predict(dataclasses.replace(config, strategy=name), plan, world_size)
+        for name in dict.fromkeys((config.strategy, *NEAREST))
+    }
+    told = [_row(name, memory, args.nproc_per_node, host) for name, memory in found.items()]
+    if args.format == "json":
+        print(json.dumps({"host_bytes": host, "asked": config.strategy, "strategies": told}))
+    else:
+        print(
+            f"{config.model.name}, {args.nproc_per_node} ranks on each of {args.nnodes} hosts of {host / GIB:.1f} GiB"
+        )
+        for row, memory in zip(told, found.values(), strict=True):
+            asked = "*" if row["strategy"] == config.strategy else " "
+            verdict = "fits" if row["fits"] else "does not fit"
+            print(
+                f"{asked} {row['strategy']:12} {row['host_bytes'] / GIB:8.2f} GiB a host, {verdict:13} {memory.text()}"
+            )
+    return 0 if told[0]["fits"] else 1
+
+
+def _row(name: str, memory: RankMemory, ranks: int, host: int) -> dict[str, Any]:
+    needed = memory.on_host(ranks)
+    parts = dataclasses.asdict(memory)
+    return {
+        "strategy": name,
+        "rank_bytes": memory.total,
+        "host_bytes": needed,
+        "fits": needed <= usable(host),
+        "parts": parts,
+    }

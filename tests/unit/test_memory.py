@@ -1,0 +1,123 @@
+"""What is predicted of memory: exact where it can be counted, refused where it cannot fit, mapped where shared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import SHAPES, llama, make_model, write_model
+from transformers import FalconConfig
+
+from falcon_dist import host_memory
+from falcon_dist.config import DataConfig, LoopConfig, ModelConfig, Precision, StrategyName, TrainConfig
+from falcon_dist.contract import UserError
+from falcon_dist.engine.adafactor import Adafactor
+from falcon_dist.engine.form import TrainingForm, choose
+from falcon_dist.engine.native import load_model
+from falcon_dist.estimate import estimate
+from falcon_dist.masking import Masking
+from falcon_dist.strategy.choice import make_strategy
+from falcon_dist.strategy.memory import GIB, check_fits, predict
+from falcon_dist.world import World
+
+FALCON_7B = 6_921_720_704
+SMALL = TrainConfig(data=DataConfig(max_length=64), loop=LoopConfig(micro_batch=2))
+
+
+def test_state_of_falcon_7b() -> None:
+    for precision, each in (("fp32", 4), ("bf16", 2)):
+        found = predict(TrainConfig(precision=precision), FalconConfig(), 1)
+        assert found.weights == found.gradients == each * FALCON_7B
+        assert found.optimizer == {"fp32": 8, "bf16": 12}[precision] * FALCON_7B
+    low = predict(TrainConfig(strategy="full-lowmem"), FalconConfig(), 1)
+    assert low.gradients < 0.06 * low.weights
+    lora = predict(TrainConfig(strategy="lora"), FalconConfig(), 1)
+    assert (lora.mapped, lora.weights) == (2 * FALCON_7B, 2 * 32 * 16 * (4544 + 4672))
+    assert lora.on_host(4) < 2 * lora.total
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "lora", "full-lowmem"])
+@pytest.mark.parametrize("shape", ["falcon-7b", "falcon-40b", "llama"])
+def test_activations_are_those_that_a_real_forward_keeps(shape: str, strategy: StrategyName) -> None:
+    config = dataclasses.replace(SMALL, strategy=strategy)
+    plan = SHAPES[shape]()
+    expected = predict(config, plan, 1).activations
+    model = make_model(plan, attention="segments").to(torch.bfloat16).train()
+    made = make_strategy(config, World())
+    made.ready(model)
+    kept = {param.untyped_storage().data_ptr(): 0 for param in model.parameters()}
+    kept.update({buffer.untyped_storage().data_ptr(): 0 for buffer in model.buffers()})
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        return tensor
+
+    form = TrainingForm(model, choose(plan, config.model, config.engine))
+    records = torch.zeros(2, 64, dtype=torch.int64)
+    with form.training(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        inputs = Masking.of(model).inputs(records)
+        model.base_model(input_ids=torch.ones(2, 64, dtype=torch.int64), use_cache=False, **inputs)
+    assert expected == pytest.approx(sum(kept.values()), rel=0.02)
+
+
+def test_optimizer_bytes_are_those_that_it_holds() -> None:
+    for strategy in ("ddp", "lora", "full-lowmem"):
+        config = dataclasses.replace(SMALL, strategy=strategy)
+        model = make_model(llama()).to(torch.bfloat16)
+        made = make_strategy(config, World())
+        made.ready(model)
+        optimizer = made.make_optimizer(model)
+        model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+        optimizer.step()
+        held = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+        assert predict(config, llama(), 1).optimizer == held
+        assert isinstance(optimizer, Adafactor) == (strategy == "full-lowmem")
+
+
+def test_what_cannot_fit_is_refused_with_the_nearest_that_can() -> None:
+    with pytest.raises(UserError, match=r'strategy "ddp" needs \d+\.\d GiB a host for 2 ranks.*; use fewer ranks'):
+        check_fits(TrainConfig(), FalconConfig(), world_size=2, ranks=2, host=8 * GIB)
+    for host, strategy in ((24, "full-lowmem"), (16, "lora")):
+        with pytest.raises(UserError, match=f"; set strategy={strategy}$"):
+            check_fits(TrainConfig(), FalconConfig(), world_size=1, ranks=1, host=host * GIB)
+    lora = TrainConfig(strategy="lora")
+    assert check_fits(lora, FalconConfig(), world_size=2, ranks=2, host=24 * GIB).total > 12 * GIB
+
+
+@pytest.mark.parametrize(("precision", "mapped"), [("bf16", True), ("fp32", False)])
+def test_weights_of_their_files_dtype_are_mapped_and_not_read(
+    tmp_path: Path, precision: Precision, mapped: bool
+) -> None:
+    model = make_model(llama()).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, ModelConfig(name=str(tmp_path)), precision)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    spans = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    inside = [any(a <= param.data_ptr() < b for a, b in spans) for param in loaded.parameters()]
+    assert all(inside) if mapped else not any(inside)
+
+
+def test_estimate_tells_every_strategy_and_whether_the_one_asked_for_fits(tmp_path: Path, capsys) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'strategy = "lora"\n[model]\nname = "{write_model(tmp_path / "model")}"\n')
+    assert estimate([str(recipe), "--memory", "0.5", "--format", "json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert next(row["strategy"] for row in told["strategies"]) == told["asked"] == "lora"
+    assert estimate([str(recipe), "--memory", "64", "--nproc-per-node", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 ranks on each of 1 hosts of 64.0 GiB" in lines[0]
+    assert lines[1].startswith("* lora")
+
+
+def test_the_least_limit_of_the_cgroups_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    (tmp_path / "job" / "memory.max").write_text("1073741824\n")
+    (tmp_path / "job" / "step" / "memory.max").write_text("max\n")
+    own = tmp_path / "own"
+    own.write_text("0::/job/step\n")
+    monkeypatch.setattr(host_memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(host_memory, "OWN", own)
+    assert host_memory.total_bytes() == GIB
