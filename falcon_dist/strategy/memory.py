@@ -46,6 +46,8 @@ class RankMemory:
     """What forward keeps for backward."""
     working: int = 0
     """What single operations need on top: logits, the widest layer's gradients, an optimizer's copy."""
+    snapshot: int = 0
+    """This rank's share of the copy that a checkpoint is written from while training goes on."""
     program: int = PROGRAM_BYTES
 
     @property
@@ -56,7 +58,8 @@ class RankMemory:
     @property
     def own(self) -> int:
         """Without what it shares with its host's other ranks."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.working + self.program
+        state = self.weights + self.gradients + self.optimizer + self.snapshot
+        return state + self.activations + self.working + self.program
 
     def on_host(self, ranks: int) -> int:
         """Bytes that ``ranks`` of these need together."""
@@ -92,12 +95,26 @@ def predict(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> Ran
         state = adapters * (12 if each == 2 else 8)
         grads = adapters * each * (2 if world_size > 1 else 1)
         own = dataclasses.replace(_mapped(config, weights), gradients=grads, optimizer=state)
-        return dataclasses.replace(own, weights=own.weights + adapters * each, **common)
+        copied = _copied(config, adapters * each, state, world_size)
+        return dataclasses.replace(own, weights=own.weights + adapters * each, snapshot=copied, **common)
     if config.strategy == "full-lowmem":
-        return RankMemory(weights=weights, gradients=_two_largest(params), optimizer=_factored(params), **common)
+        state = _factored(params)
+        copied = _copied(config, weights, state, world_size)
+        gradients = _two_largest(params)
+        return RankMemory(weights=weights, gradients=gradients, optimizer=state, snapshot=copied, **common)
     optimizer = sum(param.numel() for param in params) * (12 if each == 2 else 8)
     common["working"] = max(working, 4 * max(param.numel() for param in params))
-    return RankMemory(weights=weights, gradients=weights * (2 if world_size > 1 else 1), optimizer=optimizer, **common)
+    gradients = weights * (2 if world_size > 1 else 1)
+    copied = _copied(config, weights, optimizer, world_size)
+    return RankMemory(weights=weights, gradients=gradients, optimizer=optimizer, snapshot=copied, **common)
+
+
+def _copied(config: TrainConfig, trained: int, optimizer: int, world_size: int) -> int:
+    """What a rank copies, in bytes, of what is saved in the background."""
+    asked = config.checkpoint.background
+    background = asked == "on" or (asked == "auto" and config.strategy != "full-lowmem")
+    kept = trained + (optimizer if config.checkpoint.optimizer else 0)
+    return kept // world_size if background else 0
 
 
 def _mapped(config: TrainConfig, weights: int) -> RankMemory:
