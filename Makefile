@@ -58,7 +58,11 @@ test-slurm: $(READY)
 test-kills: $(READY)
 	$(BIN)/python -m pytest tests/cluster/test_kills.py -m slow
 
-.PHONY: bench-7b
+.PHONY: bench-7b bench-curves
+# Loss curves of the demo model: bf16 and full-lowmem against fp32 Adam, 300 steps each.
+bench-curves: $(READY)
+	$(BIN)/python benchmarks/curves.py .cache/curves --svg docs/curves.svg
+
 # Falcon-7B at its true size, random weights: 28 GB of disk below .cache, 24 GiB of memory.
 bench-7b: $(READY)
 	test -d .cache/falcon-7b/model || $(BIN)/python benchmarks/falcon_7b.py make .cache/falcon-7b

@@ -19,8 +19,6 @@ BIN: Final = Path(sys.executable).parent
 RUNS: Final[dict[str, tuple[str, ...]]] = {
     "fp32": ("precision=fp32",),
     "bf16": (),
-    "zero2": ("strategy=zero2",),
-    "zero3": ("strategy=zero3",),
     "full-lowmem": ("strategy=full-lowmem",),
 }
 BOUNDS: Final = {"full-lowmem": 0.03}
