@@ -9,9 +9,11 @@ READY := $(VENV)/.ready
 # oneCCL's backend is compiled here, so it is installed where there is a compiler; gloo is taken elsewhere.
 CXX_FOUND := $(shell command -v g++)
 EXTRAS := demo,dev$(if $(CXX_FOUND),$(COMMA)oneccl)
+IPEX_BIN := .venv-ipex/bin
+IPEX_READY := .venv-ipex/.ready
 PROJECT := pyproject.toml constraints.txt Makefile
 
-.PHONY: demo demo-labels check-demo test lint setup clean test-cluster test-slurm test-kills test-numa test-trackers
+.PHONY: demo demo-labels check-demo test lint setup clean test-cluster test-slurm test-kills test-numa test-trackers ipex-venv bench-venv test-ipex test-torch28
 
 setup: $(READY)
 
@@ -89,11 +91,41 @@ chaos-quick: $(READY)
 test-numa: $(READY)
 	$(BIN)/python -m pytest tests/cluster/test_numa_guest.py -m slow
 
+<<<<<<< HEAD
 # A run over two such hosts with a random fault every three minutes, beside one without: make soak MINUTES=40
 .PHONY: soak
 MINUTES ?= 40
 soak: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m chaos.soak --minutes $(MINUTES)
+=======
+# torch 2.8 with Intel's extension, for --engine ipex: an environment of its own, for the extension takes no other torch.
+# On PyPI that torch is a CUDA build, which fills 8 GB.
+ipex-venv: $(IPEX_READY)
+
+$(IPEX_READY): pyproject.toml constraints-ipex.txt
+	test -x $(IPEX_BIN)/python || $(PYTHON) -m venv .venv-ipex
+	$(IPEX_BIN)/python -m pip install --quiet --constraint constraints-ipex.txt --editable '.[ipex,oneccl]' \
+	  pytest pytest-timeout hypothesis
+	touch $@
+
+test-ipex: $(IPEX_READY)
+	$(IPEX_BIN)/python -m pytest tests/ipex
+
+# The oldest torch that the metadata names: the engine's own kernels and the ccl backend under it.
+test-torch28: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests-torch28
+test-torch28: $(IPEX_READY)
+	$(IPEX_BIN)/python -m falcon_dist.ccl build
+	$(IPEX_BIN)/python -m pytest tests/unit/test_engine.py tests/unit/test_ccl_*.py tests/integration/test_ccl_*.py
+
+# What benchmarks compare with: the stack of 2023 as its users have it.
+bench-venv: .venv-2023/.ready
+
+.venv-2023/.ready: benchmarks/constraints-2023.txt
+	test -x .venv-2023/bin/python || $(PYTHON) -m venv .venv-2023
+	.venv-2023/bin/python -m pip install --quiet --constraint $< \
+	  torch intel_extension_for_pytorch transformers accelerate trl datasets
+	touch $@
+>>>>>>> 9a3a471 (--engine ipex: Intel's extension under the same loop, told what it changed, in an environment of its own)
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -101,4 +133,4 @@ lint: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-ipex .venv-2023 .mypy_cache .ruff_cache .pytest_cache

@@ -17,6 +17,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 Attention = Literal["auto", "segments", "sdpa", "eager"]
 Head = Literal["auto", "chunked", "plain"]
 Switch = Literal["auto", "on", "off"]
+Engine = Literal["native", "ipex"]
 Packing = Literal["wrapped", "best-fit", "off"]
 Form = Literal["auto", "text", "prompt-completion", "messages", "sharegpt", "alpaca"]
 Loss = Literal["all", "answers"]
@@ -133,6 +134,8 @@ class OptimConfig:
 class EngineConfig:
     """How the step is computed; docs/engine.md has the measurements behind each "auto"."""
 
+    kind: Engine = "native"
+    """native: torch's own kernels; ipex: those of Intel Extension for PyTorch beside them, in its own environment."""
     head: Head = "auto"
     """chunked: output layer and loss together, a few rows at a time; plain: all logits, then their loss; auto: chunked
     where the model allows it."""

@@ -7,6 +7,7 @@ says why nothing has to be set, or a refusal where following it silently would g
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -15,6 +16,7 @@ from falcon_dist.contract import UserError
 
 CPU_ISA: Final = "ONEDNN_MAX_CPU_ISA=AVX512_CORE_AMX"
 """What the recipe exported. It is a cap: oneDNN uses nothing newer than this."""
+IPEX: Final = "intel_extension_for_pytorch"
 LINKS: Final = "checkpoint.links"
 RESULTS: Final = "./results"
 """The recipe's output_dir."""
@@ -75,6 +77,14 @@ def _backend(value: str) -> Now:
     if value not in ("ccl", "gloo"):
         raise UserError(f'--ddp_backend: CPUs meet over "gloo" or "ccl": "{value}"')
     return Now(("--backend", value))
+
+
+def _ipex(value: str) -> Now:
+    if value != "true":
+        return Now((), "torch's own kernels are used")
+    if importlib.util.find_spec(IPEX) is None:
+        return Now((), f"{IPEX} is not installed here; torch itself reaches oneDNN's AMX and AVX-512 kernels now")
+    return Now(("--engine", "ipex"))
 
 
 def _optimizer(value: str) -> Now:
@@ -143,7 +153,7 @@ OLD: Final[Mapping[str, Old]] = {
     "bf16": _switch("precision", "fp32 weights under bf16 autocast, as then", yes="bf16-autocast", no="fp32"),
     "fp16": _only("false", "there is none", "--fp16: CPUs would ignore it: use --bf16 True"),
     "tf32": _only("false", "there is none", f"--tf32: {_NO_GPU}"),
-    "use_ipex": _gone("torch itself reaches the AMX and AVX-512 kernels of oneDNN now", boolean=True),
+    "use_ipex": Old(now=_ipex, boolean=True),
     "jit_mode_eval": _gone("not needed to evaluate", boolean=True),
     "torchdynamo": _gone("models run as they are"),
     "torch_compile": _gone("models run as they are", boolean=True),

@@ -50,6 +50,10 @@ def prepare(config: TrainConfig, run_dir: Path, env: Mapping[str, str]) -> Prepa
     Raises:
         UserError: model or data cannot be used, or the chosen backend cannot be built here.
     """
+    if config.engine.kind == "ipex":
+        from falcon_dist.engine.ipex import check_installed
+
+        check_installed()
     if env.get(contract.BACKEND) == "ccl":
         _build_ccl()
     if contract.PREPARED in env:  # model and rows came from node 0

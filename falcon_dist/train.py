@@ -11,7 +11,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
@@ -127,6 +127,7 @@ def _train_in_group(run: Run, team: Team, seen: affinity.Observed, *, resume: bo
         masking.check_packing(model.config, run.config.data.packing_kind != "off")
         stay_in_place(model)
         run.strategy.ready(model)
+        changes = _optimized(run, model)
         chosen = resume_point(run) if resume else None
     before = measure_base(run, model, tokenizer)
     monitor = make_monitor(run, model, tokenizer, chosen)
@@ -147,9 +148,21 @@ def _train_in_group(run: Run, team: Team, seen: affinity.Observed, *, resume: bo
     after = monitor.last[1] if known and monitor.last else measure(run, model, tokenizer, "evaluate tuned")
     lines = closing_lines(before, after, saved)
     run.reporter.summary(lines)
-    figures = {"phases_s": run.reporter.phases, "base": before, "tuned": after}
+    figures = {"phases_s": run.reporter.phases, "base": before, "tuned": after, "engine": changes}
     result = dataclasses.replace(result, peak_rss_bytes=affinity.peak_rss_bytes(), summary=figures)
     return Trained(result, model)
+
+
+def _optimized(run: Run, model: PreTrainedModel) -> dict[str, Any]:
+    """Hands the model to the engine asked for; what that changed."""
+    kind = run.config.engine.kind
+    if kind == "native":
+        return {"kind": kind}
+    from falcon_dist.engine import ipex
+
+    changes = ipex.optimize(model)
+    run.reporter.line(changes.line())
+    return {"kind": kind, **changes.as_dict()}
 
 
 def _fit(
@@ -171,7 +184,7 @@ def _fit(
         run.reporter.line(f"all {start} steps are done already")
         return start
     form = TrainingForm(model, choose(model.config, run.config.model, run.config.engine))
-    run.reporter.line(form.line())
+    run.reporter.line(form.line(run.config.engine.kind))
     saver = Saver(
         run=run,
         team=team,

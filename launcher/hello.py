@@ -11,7 +11,10 @@ from typing import Any, Final
 
 from launcher import sysfs
 
-VERSIONS_OF: Final = ("falcon-dist", "torch", "transformers", "trl", "accelerate", "oneccl-cpu-devel", "oneccl-bind-pt")
+VERSIONS_OF: Final = (
+    *("falcon-dist", "torch", "transformers", "trl", "accelerate"),
+    *("oneccl-cpu-devel", "oneccl-bind-pt", "intel-extension-for-pytorch"),
+)
 PROTOCOL: Final = 3
 IDENTITY: Final = ("HOME", "USER", "LOGNAME", "SHELL")
 """Variables that are the host's own business."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from falcon_dist import contract
-from launcher import backends, environment
+from launcher import backends, engines, environment
 from launcher.binding import Binding
 from launcher.cluster import Cluster, Node
 from launcher.config import LaunchConfig
@@ -51,10 +51,11 @@ def build(
     """The plan of one attempt; ``config_text``: what ``config.json`` holds.
 
     Raises:
-        UserError: ``--env`` or ``--memory-allocator`` ask for what cannot be given.
+        UserError: ``--engine``, ``--env`` or ``--memory-allocator`` ask for what cannot be given.
     """
     served_by: Literal["rank", "agent"] = "rank" if config.program is None else "agent"
     rendezvous = Rendezvous(addr=cluster.addr, port=opened.port, courier_port=opened.courier_port, served_by=served_by)
+    engines.check(config, cluster)
     backend, _ = backends.choose(config, cluster)
     builder = _Builder(
         config=config,

@@ -113,12 +113,12 @@ class TrainingForm:
             loss: torch.Tensor = model(**inputs, use_cache=False).logits
         return loss
 
-    def line(self) -> str:
+    def line(self, engine: str = "native") -> str:
         """For a person, before training."""
         head = "chunked" if self.choice.chunked_head else "plain"
         reasons = "".join(f" ({why})" for why in self.choice.reasons)
         return (
-            f"engine: native; training by {self.choice.attention} attention and {head} loss head{reasons}; "
+            f"engine: {engine}; training by {self.choice.attention} attention and {head} loss head{reasons}; "
             f"held-out figures and answers by {self.choice.plain_attention} attention and plain logits"
         )
 

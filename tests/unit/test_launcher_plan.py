@@ -3,6 +3,7 @@ import json
 import pytest
 from topologies.trees import write_tree
 
+from falcon_dist.config import EngineConfig, TrainConfig
 from launcher import backends, environment, hello, network, planner, render, sysfs
 from launcher.cluster import HostFacts, join
 from launcher.config import LaunchConfig, LaunchSettings, Program
@@ -19,12 +20,14 @@ SCRIPT = Program(module=False, argv=("my script.py", "--log", "a b"))
 
 @pytest.fixture
 def make_plan(tmp_path):
-    def make(program=SCRIPT, port=29511, versions=None, allocators=None, compiler="/g++", **launch) -> LaunchPlan:
+    def make(
+        program=SCRIPT, *, train=None, port=29511, versions=None, allocators=None, compiler="/g++", **launch
+    ) -> LaunchPlan:
         topology = sysfs.read(write_tree(tmp_path, sockets=2))
         known = {"versions": versions or {}, "allocators": allocators or {}, "compiler": compiler}
         facts = [HostFacts(topology=topology, python="/py", **known)]
         cluster = join(this_machine(), facts, network.alone())
-        config = LaunchConfig(launch=LaunchSettings(**launch), program=program)
+        config = LaunchConfig(launch=LaunchSettings(**launch), train=train or TrainConfig(), program=program)
         site = Site(run_id="r", attempt=1, run_dir="/runs/r", cwd="/work")
         return planner.build(config, cluster, place(cluster, Policy()), site, ENVIRON, opened=Opened(port=port))
 
@@ -209,3 +212,10 @@ def test_other_hosts_receive_what_the_first_prepares(tmp_path):
     assert (first.cwd, second.cwd) == ("/work", "/runs/r/attempt_1")
     assert "t0ken" not in json.dumps(plan.redacted().to_json())
     assert "t0ken" not in " ".join(word for node in plan.nodes for task in node.prepare for word in task.argv)
+
+
+def test_an_engine_that_a_host_lacks_is_refused_before_anything_starts(make_plan):
+    wanted = {"program": None, "train": TrainConfig(engine=EngineConfig(kind="ipex"))}
+    with pytest.raises(UserError, match=r"^--engine: intel-extension-for-pytorch is not installed on .*make ipex-venv"):
+        make_plan(**wanted, versions={"torch": "2.13.0"})
+    assert make_plan(**wanted, versions={"torch": "2.8.0", "intel-extension-for-pytorch": "2.8.0"}).ranks

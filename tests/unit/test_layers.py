@@ -19,6 +19,7 @@ LAYERS = {
         "explain",
         "environment",
         "backends",
+        "engines",
         "planner",
         "events",
         "supervise",

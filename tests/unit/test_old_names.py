@@ -58,7 +58,16 @@ SETS = {
     "--report_to all": 'report.to=["tensorboard", "wandb", "mlflow"]',
 }
 TOLD = [
-    *("--use_ipex True", "--use_ipex", "--no_cuda True", "--no_cuda", "--use_cpu True", "--fp16 False", "--tf32 False"),
+    *(
+        "--use_ipex True",
+        "--use_ipex",
+        "--use_ipex False",
+        "--no_cuda True",
+        "--no_cuda",
+        "--use_cpu True",
+        "--fp16 False",
+        "--tf32 False",
+    ),
     *("--tokenizer ./m", "--tokenizer_name ./m", "--dataset_batch_size 100", "--num_of_sequences 10"),
     *("--chars_per_token 3.6", "--group_by_length True", "--remove_unused_columns False", "--jit_mode_eval True"),
     *("--torchdynamo inductor", "--torch_compile True", "--ddp_find_unused_parameters False"),
@@ -139,10 +148,18 @@ def test_the_command_of_2023() -> None:
     ]
     assert lines == (
         "--bf16 True: now precision=bf16-autocast; fp32 weights under bf16 autocast, as then",
-        "--use_ipex True: torch itself reaches the AMX and AVX-512 kernels of oneDNN now",
+        "--use_ipex True: intel_extension_for_pytorch is not installed here; "
+        "torch itself reaches oneDNN's AMX and AVX-512 kernels now",
         "--max_seq_length 512: now data.max_length=512",
         f"as the recipe of 2023: --set checkpoint.links=./results --env {CPU_ISA}",
     )
+
+
+def test_use_ipex_takes_the_extension_where_it_is_installed(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "intel_extension_for_pytorch").mkdir()
+    (tmp_path / "intel_extension_for_pytorch" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert translate(["--use_ipex", "True"]).argv == ["--engine", "ipex", *RECIPE]
 
 
 def test_settings_of_today_win_and_order_of_old_names_does_not_matter() -> None:
