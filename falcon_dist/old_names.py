@@ -246,7 +246,7 @@ def translate(argv: Sequence[str], switches: Sequence[str] = ()) -> Translated:
     # Settings of today that were given beside come last: they win.
     words = [*(word for now in sorted(found, key=lambda now: now.place) for word in now.words), *words]
     extra = _as_the_recipe_did(words)
-    return Translated([*words, *extra.words, *own], (*lines, extra.why))
+    return Translated([*words, *extra.words, *own], (*lines, extra.why, *_which_model(words, own)))
 
 
 def _value(name: str, old: Old, given: str | None, own: list[str]) -> str:
@@ -265,6 +265,13 @@ def _value(name: str, old: Old, given: str | None, own: list[str]) -> str:
 def _line(typed: str, now: Now) -> str:
     told = " ".join(word for word in now.words if word != "--set")
     return f"{typed}: " + "; ".join(part for part in (f"now {told}" if told else "", now.why) if part)
+
+
+def _which_model(words: Sequence[str], program: Sequence[str]) -> tuple[str, ...]:
+    """The command of 2023 named no model: its script did."""
+    named = any(word.startswith(("--recipe", "--resume", "model.name=")) for word in words)
+    told = "no model or recipe named: the demo is trained; Falcon-7B is --recipe falcon-7b"
+    return () if named or program else (told,)
 
 
 def _as_the_recipe_did(words: Sequence[str]) -> Now:

@@ -3,7 +3,7 @@
 The extension does two things on import and call. On import its kernels take the place of some of torch's own, for
 every tensor of the process. ``ipex.optimize`` replaces layers, but only those whose class is exactly one it knows:
 transformers' Falcon has a subclass of Linear and keeps all of its own. Weights are not packed into the extension's
-layout: that saved 1.6% of a Llama step's processor time, and every checkpoint and optimizer state would have to be
+layout: that saves little (benchmarks/ipex_packing.py), and every checkpoint and optimizer state would have to be
 unpacked again. Precision and the optimizer stay ours.
 """
 

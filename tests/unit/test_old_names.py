@@ -107,7 +107,7 @@ def test_old_arguments_that_are_flags_now(old: str) -> None:
 def test_output_dir_is_where_the_links_go() -> None:
     argv, lines = translate(["--output_dir", "./out"])
     assert argv == ["--set", "checkpoint.links=./out", "--env", CPU_ISA]
-    assert lines[-1] == f"as the recipe of 2023: --env {CPU_ISA}"
+    assert lines[1] == f"as the recipe of 2023: --env {CPU_ISA}"
 
 
 def test_every_old_name_is_in_these_tables() -> None:
@@ -152,7 +152,10 @@ def test_the_command_of_2023() -> None:
         "torch itself reaches oneDNN's AMX and AVX-512 kernels now",
         "--max_seq_length 512: now data.max_length=512",
         f"as the recipe of 2023: --set checkpoint.links=./results --env {CPU_ISA}",
+        "no model or recipe named: the demo is trained; Falcon-7B is --recipe falcon-7b",
     )
+    for named in (["--recipe", "falcon-7b"], ["--model_name", "./m"], ["--resume", "r"], ["my.py"]):
+        assert len(translate(["--bf16", *named]).lines) == 2 + named[0].startswith("--model")
 
 
 def test_use_ipex_takes_the_extension_where_it_is_installed(tmp_path: Path, monkeypatch) -> None:
