@@ -91,8 +91,11 @@ def markdown(lines: Sequence[Line], facts: Mapping[str, str], intro: str) -> str
     told = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     failed = [f"- {line.number} {line.mode}: {line.why}" for line in lines if not line.passed]
     why = "\n\nWhy rows failed:\n\n" + "\n".join(map(_cell, failed)) if failed else ""
-    passed = sum(line.passed for line in lines)
-    return f"{intro}\n\n{told}\n- passed: {passed} of {len(lines)}\n\n{table}{why}\n"
+    passed = f"- passed: {sum(line.passed for line in lines)} of {len(lines)} rows"
+    there = {(line.number, line.mode) for line in lines}
+    lacking = [f"{n} {mode}" for n in range(1, FAULTS + 1) for mode in MODES if (n, mode) not in there]
+    not_run = f"\n- not run: {', '.join(lacking)}" if lacking else ""
+    return f"{intro}\n\n{told}\n{passed}{not_run}\n\n{table}{why}\n"
 
 
 def newest(kept: Sequence[Mapping[str, Any]]) -> list[Line]:

@@ -15,7 +15,7 @@ def test_a_line_has_the_columns_of_the_page():
     page = markdown([line()], {"date": "2026-01-01"}, "# Faults")
     assert "| number | fault | mode | detected after | cause named | training again after | steps lost |" in page
     assert "| 1 | rank killed | local | 0.0 s | rank 1 died / badly | 10.0 s | 0 | 0 | 0 | passed |" in page
-    assert "- passed: 1 of 1" in page
+    assert "- passed: 1 of 1 rows\n- not run: 1 hosts, 2 local, 2 hosts, " in page
     assert "- date: 2026-01-01" in page
     assert all(row.count("|") == len(HEAD) + 1 for row in page.splitlines() if row.startswith("|"))
 
