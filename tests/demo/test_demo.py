@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -31,6 +32,21 @@ def test_tuned_perplexity_is_at_least_a_tenth_below_base(summary) -> None:
     assert base["records"] == tuned["records"] >= 64
     assert base["tokens"] == tuned["tokens"]
     assert 0 < tuned["standard_error"] < 0.5
+
+
+@pytest.mark.parametrize(("name", "loss_share"), [("base", 0.005), ("tuned", 0.03)])
+def test_readme_shows_what_the_demo_prints(summary, name: str, loss_share: float) -> None:
+    """Losses may differ by these shares, for processors round differently; what was measured may not."""
+    shown = re.search(
+        rf"^held-out, {name}: +loss ([\d.]+) \+- [\d.]+, perplexity ([\d.]+) \(([\d,]+) tokens of (\d+) records\)$",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    assert shown
+    found = summary[name]["held_out"]
+    assert float(shown[1]) == pytest.approx(found["loss"], rel=loss_share)
+    assert float(shown[2]) == pytest.approx(found["perplexity"], rel=3.6 * loss_share)
+    assert (int(shown[3].replace(",", "")), int(shown[4])) == (found["tokens"], found["records"])
 
 
 def test_at_least_a_hundred_rows_were_trained_on_two_ranks(run: Path) -> None:
