@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from falcon_dist import contract
-from falcon_dist.contract import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, RankResult, UserError
+from falcon_dist.contract import (
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_UNSOUND,
+    EXIT_USER_ERROR,
+    RankResult,
+    UnsoundError,
+    UserError,
+)
 
 SPOKEN: Final = ("chat", "compare", "estimate", "merge", "preview", "push", "quantize")
 """Verbs for people: each a module with a function of its name."""
@@ -33,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave_failure(str(error))
         print(error, file=sys.stderr)
         return EXIT_USER_ERROR
+    except UnsoundError as error:
+        _leave_failure(str(error))
+        print(error, file=sys.stderr)
+        return EXIT_UNSOUND
     except Exception as error:  # noqa: BLE001 - the rank's last words, told once and then kept
         _leave_failure(f"{type(error).__name__}: {error}".splitlines()[0])
         traceback.print_exc()

@@ -221,6 +221,8 @@ class ReportConfig:
 
     log_every: int = 10
     """Steps between log lines."""
+    profile: int = 0
+    """Steps that rank 0 writes a torch trace of, after the first two; 0: none."""
     to: tuple[str, ...] = ()
     """Trackers: "tensorboard" (in the run folder), "wandb", "mlflow"."""
 

@@ -17,6 +17,10 @@ class UserError(Exception):
     """A fault in what the user gave: shown as its one line, without a traceback, exit code 2."""
 
 
+class UnsoundError(Exception):
+    """Numbers that cannot be trusted: the run stops before they are saved, exit code 3."""
+
+
 EXIT_USER_ERROR: Final = 2
 """Exit code of a launcher or rank that refuses its input."""
 EXIT_FAILED: Final = 1
@@ -133,7 +137,8 @@ class RankResult:
 #   {"event": "step", "step": 3, "total": 50, "loss": 2.1, "lr": 1e-4, "epoch": 0.1,
 #    "tokens_per_s": 812.0, "eta_s": 60.0, "log": true,  a finished step (all ranks; rank 0's is shown;
 #    "busy_s": 0.8, "waited_s": 0.1}                      "log" asks for a line of its own; seconds of own work and of
-#                                                         waiting for peers: who is slow waits least)
+#                                                         waiting for peers: who is slow waits least); "gemm_share"
+#                                                         and "parts" as in steps.jsonl
 #   {"event": "checkpoint", "path": "...", "step": 3}    committed (rank 0); with "emergency": true by whichever
 #                                                         rank was asked for it
 #   {"event": "takes", "signal": "stacks"}               from now on STACKS_SIGNAL is understood; "save" likewise

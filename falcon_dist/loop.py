@@ -10,28 +10,54 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from falcon_dist.config import OptimConfig, TrainConfig
+from falcon_dist.engine.adamw import MasterAdamW
 from falcon_dist.engine.form import TrainingForm
+from falcon_dist.engine.peak import Gauge
 from falcon_dist.masking import Masking
 from falcon_dist.metrics import Reporter, StepRecord
 from falcon_dist.monitor import Verdict
 from falcon_dist.order import Schedule
 from falcon_dist.pace import Pace
 from falcon_dist.rows import Part
+from falcon_dist.soundness import Soundness, gradient_norm
+from falcon_dist.step_clock import StepClock, watch_buckets
 from falcon_dist.world import World
 
 
 class PackedTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer with one loss of ours: summed over the rows' own labels, divided by all ranks' labels."""
+    """SFTTrainer with one loss of ours: summed over the rows' own labels, divided by all ranks' labels.
 
-    def __init__(self, *, form: TrainingForm, **kwargs: Any) -> None:
+    Every part of a step is timed, and numbers that are not finite go no further.
+    """
+
+    def __init__(self, *, form: TrainingForm, clock: StepClock, soundness: Soundness, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.form = form
+        self._clock = clock
+        self._soundness = soundness
+        self._watched = False
+        self._micro_batches: list[tuple[dict[str, torch.Tensor], torch.Tensor, float]] = []
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        """Rows come from the collator, timed by itself; then ranks tell each other how many labels they have."""
+        self._micro_batches.clear()
+        with self._clock.part("communicate", without="load"):
+            return super().get_batch_samples(*args)
+
+    def training_step(self, model: torch.nn.Module, *args: Any) -> torch.Tensor:
+        """Forward and backward of one micro-batch."""
+        if isinstance(model, DistributedDataParallel) and not self._watched:
+            watch_buckets(model, self._clock)
+            self._watched = True
+        with self._clock.backward():
+            return super().training_step(model, *args)  # type: ignore[no-any-return]
 
     def compute_loss(
         self,
@@ -43,23 +69,49 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         """Mean loss a token of the global batch, times world_size because DDP averages gradients over ranks."""
         assert not return_outputs
         assert num_items_in_batch is not None
-        tokens = max(1, int(num_items_in_batch))
-        return self.form.loss(model, inputs, inputs.pop("labels"), self.args.world_size / tokens)
+        factor = self.args.world_size / max(1, int(num_items_in_batch))
+        labels = inputs.pop("labels")
+        self._micro_batches.append((inputs, labels, factor))
+        with self._clock.part("forward"):
+            loss = self.form.loss(model, inputs, labels, factor)
+        self._soundness.check_loss(loss)
+        return loss
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        """Norm before clipping; our optimizer clips as it reads the gradients, without a pass of its own."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, MasterAdamW):
+            with self._clock.part("optimize"):
+                norm = gradient_norm(list(model.parameters()))
+            optimizer.clip(float(norm), self.args.max_grad_norm)
+        else:
+            norm = torch.as_tensor(super()._clip_grad_norm(model))
+        self._soundness.check_norm(float(norm), self._replay)
+        return norm
+
+    def _replay(self) -> bool:
+        """This step's gradients again, of this rank alone: are they finite?"""
+        self.model.zero_grad()
+        for inputs, labels, factor in self._micro_batches:
+            self.form.loss(self.model, inputs, labels, factor).backward()  # type: ignore[no-untyped-call]
+        return math.isfinite(float(gradient_norm(list(self.model.parameters()))))
 
 
 class RowCollator:
     """Row numbers -> the batch a model takes; remembers which rows it gave."""
 
-    def __init__(self, part: Part, masking: Masking) -> None:
+    def __init__(self, part: Part, masking: Masking, clock: StepClock) -> None:
         self.part = part
         self._masking = masking
+        self._clock = clock
         self._given: list[int] = []
 
     def __call__(self, examples: list[dict[str, int]]) -> dict[str, torch.Tensor]:
         rows = [int(example["row"]) for example in examples]
         self._given += rows
-        batch = self.part.batch(rows)
-        return {**batch, **self._masking.inputs(batch.pop("records"))}
+        with self._clock.part("load"):
+            batch = self.part.batch(rows)
+            return {**batch, **self._masking.inputs(batch.pop("records"))}
 
     def take(self, count: int) -> list[int]:
         """The oldest ``count`` rows not yet taken; later ones were fetched ahead of their step."""
@@ -106,7 +158,7 @@ def trainer_settings(
         "per_device_train_batch_size": config.loop.micro_batch,
         "gradient_accumulation_steps": schedule.grad_accum,
         "max_steps": schedule.total_steps - start,
-        "max_grad_norm": config.optim.max_grad_norm,
+        "max_grad_norm": config.optim.max_grad_norm or math.inf,  # without a bound the norm is still looked at
         "gradient_checkpointing": config.loop.grad_checkpointing,
         "train_sampling_strategy": "sequential",
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -138,6 +190,9 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         world: World,
         start: int,
         collator: RowCollator,
+        clock: StepClock,
+        gauge: Gauge,
+        soundness: Soundness,
         reporter: Reporter,
         pace: Pace,
         finished: Callable[[], None],
@@ -150,22 +205,41 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self._world = world
         self._start = start
         self._collator = collator
+        self._clock = clock
+        self._gauge = gauge
+        self._soundness = soundness
         self._reporter = reporter
         self._pace = pace
         self._finished = finished
         self._save = save
         self._evaluate = evaluate
         self._asked_to_stop = asked_to_stop
-        self._began = self._step_began = time.monotonic()
+        self._began = self._step_began = self._mark = time.perf_counter()
         self.last_step = start
 
     def on_step_begin(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seeds by step and rank: dropout is the same again after a resume, with no generator state to keep."""
         step = self._start + state.global_step
         torch.manual_seed((self._config.seed * 1_000_003 + step) * self._world.world_size + self._world.rank)
-        self._step_began = time.monotonic()
-        if state.global_step == 0:
-            self._began = self._step_began
+        self._soundness.step = step + 1
+
+    def on_train_begin(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The first step begins here, the others when all that follows a step is done."""
+        self._began = self._step_began = time.perf_counter()
+
+    def on_pre_optimizer_step(
+        self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gradients are clipped and the optimizer is about to step."""
+        self._mark = self._clock.now()
+
+    def on_optimizer_step(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The optimizer has stepped."""
+        self._clock.add("optimize", self._clock.now() - self._mark)
+
+    def on_step_end(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Until on_log, ranks tell each other their losses."""
+        self._mark = self._clock.now()
 
     def on_log(
         self,
@@ -178,9 +252,9 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         """Called once a step (logging_steps=1) and once more at the end, then without a loss."""
         if logs is None or "loss" not in logs:
             return
+        self._clock.add("communicate", self._clock.now() - self._mark)
         step = self._start + state.global_step
         rows = self._check_rows(step)
-        self._check_finite(step, logs, rows)
         self._report(step, logs, rows)
         self.last_step = step
         self._finished()
@@ -190,14 +264,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         if keep or step == self._schedule.total_steps or (every and step % every == 0):
             self._save(step)
         control.should_training_stop |= verdict.stop or leave
-
-    def _check_finite(self, step: int, logs: dict[str, float], rows: list[int]) -> None:
-        """The step is done, but nothing of it is saved yet: weights that took a NaN must not become a checkpoint."""
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise FloatingPointError(
-                    f"{name} is {logs[name]} at step {step}; rank {self._world.rank} had rows {rows}"
-                )
+        self._step_began = time.perf_counter()
 
     def _check_rows(self, step: int) -> list[int]:
         planned = self._schedule.rows_of_rank(step - 1, self._world.rank)
@@ -207,8 +274,9 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         return rows
 
     def _report(self, step: int, logs: dict[str, float], rows: list[int]) -> None:
-        now = time.monotonic()
-        total = self._schedule.total_steps
+        now = time.perf_counter()
+        total, seconds = self._schedule.total_steps, now - self._step_began
+        tokens = self._collator.part.count_tokens(self._schedule.rows_of_step(step - 1))
         spent = self._pace.spent
         record = StepRecord(
             step=step,
@@ -216,9 +284,11 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
             learning_rate=logs["learning_rate"],
             grad_norm=logs.get("grad_norm"),
             epoch=round(self._schedule.epoch_at(step), 4),
-            tokens=self._collator.part.count_tokens(self._schedule.rows_of_step(step - 1)),
-            seconds=now - self._step_began,
+            tokens=tokens,
+            seconds=seconds,
             rows=rows,
+            parts=self._clock.take(),
+            gemm_share=round(self._gauge.share(tokens / self._world.world_size, seconds), 4),
             busy_s=spent and round(spent.busy_s, 4),
             waited_s=spent and round(spent.waited_s, 4),
         )

@@ -32,6 +32,10 @@ class StepRecord:
     seconds: float
     rows: list[int]
     """Rows this rank trained, in order."""
+    parts: dict[str, float]
+    """Seconds of load, forward, backward, communicate and optimize on this rank, see step_clock.py."""
+    gemm_share: float
+    """What this rank did of its processor's GEMM peak, see engine/peak.py."""
     busy_s: float | None = None
     """Seconds of this rank's own work: forward and backward pass."""
     waited_s: float | None = None
@@ -46,6 +50,7 @@ class Reporter:
         self._events: TextIO | None = None
         self._sending = threading.Lock()
         self._steps: TextIO | None = None
+        self.rank_dir = rank_dir
         self.phases: dict[str, float] = {}
         """Seconds spent in each phase."""
         self._inside: list[str] = []
@@ -98,13 +103,15 @@ class Reporter:
             "epoch": record.epoch,
             "tokens_per_s": record.tokens / record.seconds,
             "eta_s": eta_s,
+            "gemm_share": record.gemm_share,
+            "parts": record.parts,
             "log": log,
             "busy_s": record.busy_s,
             "waited_s": record.waited_s,
         }
         shown = (
             f"step {record.step}/{total}  loss {record.loss:.4f}  learning_rate {record.learning_rate:.3g}  "
-            f"epoch {record.epoch:.2f}"
+            f"epoch {record.epoch:.2f}  {record.gemm_share:.0%} of the GEMM peak"
         )
         self._send(event, shown=shown if log and self._world.is_main else None)
 

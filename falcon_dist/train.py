@@ -20,6 +20,7 @@ from falcon_dist.chat_template import set_template
 from falcon_dist.config import TrainConfig
 from falcon_dist.contract import RankResult
 from falcon_dist.emergency import Emergency, Updates
+from falcon_dist.engine import peak
 from falcon_dist.engine.form import TrainingForm, choose
 from falcon_dist.engine.native import load_config, load_model, load_tokenizer, stay_in_place
 from falcon_dist.host_memory import total_bytes
@@ -44,10 +45,13 @@ from falcon_dist.order import plan_schedule
 from falcon_dist.pace import Pace
 from falcon_dist.prepare import Prepared
 from falcon_dist.process_group import open_group, same_everywhere
+from falcon_dist.profiling import ProfileCallback, check_profile
 from falcon_dist.resume import resume_point
 from falcon_dist.rows import PackedStore
 from falcon_dist.run import Run, closing_lines, opening_lines
 from falcon_dist.saving import Saver
+from falcon_dist.soundness import Soundness
+from falcon_dist.step_clock import StepClock
 from falcon_dist.stopping import Stopper
 from falcon_dist.strategy.choice import make_strategy
 from falcon_dist.strategy.memory import check_fits
@@ -183,6 +187,7 @@ def _fit(
     if start >= run.schedule.total_steps or monitor.stopped:
         run.reporter.line(f"all {start} steps are done already")
         return start
+    check_profile(run.config.report.profile, run.schedule.total_steps - start)
     form = TrainingForm(model, choose(model.config, run.config.model, run.config.engine))
     run.reporter.line(form.line(run.config.engine.kind))
     saver = Saver(
@@ -200,7 +205,11 @@ def _fit(
 
 def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> int:
     model, optimizer, monitor = saver.model, saver.optimizer, saver.monitor
-    collator = RowCollator(run.store.train, masking.Masking.of(model))
+    clock, soundness = StepClock(), Soundness(run.schedule, run.world, start)
+    gauge, lines = peak.gauge(model, run.config.precision)
+    for line in lines:
+        run.reporter.line(line)
+    collator = RowCollator(run.store.train, masking.Masking.of(model), clock)
     stopper = Stopper(run.reporter)
     pace = Pace(model)
     emergency = Emergency(saver.save_last_finished if saver.can_save_alone else None, run.reporter)
@@ -210,6 +219,9 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
         world=run.world,
         start=start,
         collator=collator,
+        clock=clock,
+        gauge=gauge,
+        soundness=soundness,
         reporter=run.reporter,
         pace=pace,
         finished=emergency.offer,
@@ -219,6 +231,8 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
     )
     trainer = PackedTrainer(
         form=form,
+        clock=clock,
+        soundness=soundness,
         model=model,
         args=trainer_settings(run.config, run.schedule, start, str(run.folder), **run.strategy.settings()),
         train_dataset=row_stream(run.schedule, start),
@@ -227,6 +241,9 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
         optimizers=(optimizer, make_scheduler(optimizer, run.config.optim, run.schedule, start)),
         callbacks=[pace, callback, *(trackers(run.config.report, run.folder, start) if run.world.is_main else ())],
     )
+    if run.config.report.profile and run.world.is_main:
+        where = run.reporter.rank_dir or run.folder
+        trainer.add_callback(ProfileCallback(run.config.report.profile, where, run.reporter.line))
     trainer.remove_callback(PrinterCallback)  # steps are told by our own callback
     check_trainer(trainer, run.world)
     try:

@@ -148,13 +148,17 @@ def _flags(given: Mapping[str, Any], program: Program | None) -> Flags:
     return Flags(
         launch=_settings(given),
         slurm=_slurm_settings(given),
-        sets=(*_engine(given["engine"]), *given["set"]),
+        sets=(*_engine(given["engine"]), *_profile(given["profile"]), *given["set"]),
         env=tuple(given["env"]),
         env_file=given["env_file"],
         recipe=given["recipe"],
         resume=given["resume"],
         program=program,
     )
+
+
+def _profile(steps: str | None) -> tuple[str, ...]:
+    return () if steps is None else (f"report.profile={steps}",)
 
 
 def _engine(name: str | None) -> tuple[str, ...]:
@@ -241,6 +245,7 @@ def _run_flags(parser: _Parser) -> None:
     flag("--recipe", metavar="NAME|FILE", help="a complete configuration (default: demo)")
     flag("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, as --set optim.lr=2e-5")
     flag("--engine", choices=("native", "ipex"), help="native (default) or ipex (docs/ipex.md)")
+    flag("--profile", metavar="N", help="a torch trace of N steps, in rank 0's folder")
     flag("--backend", metavar="NAME", help="collective backend: auto, gloo, ccl or ccl-intel")
     flag("--env", metavar="NAME[=VALUE]", action="append", default=[], help="a variable for the ranks")
     flag("--env-file", metavar="FILE", help="NAME=VALUE lines for the ranks")

@@ -114,6 +114,8 @@ def _speed(event: Mapping[str, Any]) -> list[str]:
     parts = []
     if event.get("tokens_per_s") is not None:
         parts.append(f"{event['tokens_per_s']:.0f} tokens/s")
+    if event.get("gemm_share") is not None:
+        parts.append(f"{event['gemm_share']:.0%} of GEMM peak")
     if event.get("eta_s") is not None:
         parts.append(f"eta {duration(event['eta_s'])}")
     return parts

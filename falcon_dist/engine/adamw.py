@@ -9,6 +9,8 @@ import torch
 
 from falcon_dist.engine.named import NamedOptimizer
 
+PIECE = 1 << 18
+"""Elements updated at once: master, moments and gradient together are 4 MiB in fp32."""
 STATE_NAMES = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -29,6 +31,14 @@ class MasterAdamW(NamedOptimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._divisor = 1.0
+
+    def clip(self, norm: float, max_norm: float) -> None:
+        """The next step takes the gradients as if scaled down to ``max_norm``, ``norm`` being what they have.
+
+        They are divided as they are read, in fp32: no pass of its own, and bf16 gradients are not rounded once more.
+        """
+        self._divisor = max(1.0, (norm + 1e-6) / max_norm)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -39,15 +49,23 @@ class MasterAdamW(NamedOptimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     self._update(param, group)
+        self._divisor = 1.0
 
     def _update(self, param: torch.Tensor, group: Mapping[str, Any]) -> None:
+        """Goes through the parameter in pieces that stay in the cache between one pass and the next."""
         state = self._state(param)
-        master = state.get("master", param)
+        tensors = [param, param.grad, state.get("master", param), state["exp_avg"], state["exp_avg_sq"]]
+        assert param.is_contiguous()
+        for piece in zip(*(t.reshape(-1).split(PIECE) for t in tensors), strict=True):  # type: ignore[union-attr]
+            self._update_piece(piece, group)
+
+    def _update_piece(self, piece: tuple[torch.Tensor, ...], group: Mapping[str, Any]) -> None:
+        param, grad, master, exp_avg, exp_avg_sq = piece
         torch._fused_adamw_(
             [master],
-            [param.grad.to(torch.float32)],  # type: ignore[union-attr]
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
+            [grad.to(torch.float32)],
+            [exp_avg],
+            [exp_avg_sq],
             [],
             [torch.tensor(float(self.steps))],
             lr=group["lr"],
@@ -57,8 +75,9 @@ class MasterAdamW(NamedOptimizer):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
+            grad_scale=None if self._divisor == 1.0 else torch.tensor(self._divisor),
         )
-        if master is not param:
+        if master.dtype != param.dtype:
             param.copy_(master)
 
     def _state(self, param: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from launching import (
     BIN,
@@ -22,8 +24,9 @@ from launching import (
     weights_digest,
     write_inputs,
 )
+from tiny_models import falcon_7b, write_model
 
-from falcon_dist import checkpoint
+from falcon_dist import checkpoint, contract
 
 
 @pytest.fixture(scope="module")
@@ -251,12 +254,59 @@ def test_numbers_that_are_no_longer_finite_stop_the_run_before_they_are_saved(tm
         *("--recipe", str(recipe), "--run-id", "r", "--set", "optim.lr=1e30", "--set", "optim.warmup_steps=0"),
         *("--set", "checkpoint.every=1"),
     )
-    assert done.returncode == 1
-    assert "FloatingPointError" in done.stderr
+    assert done.returncode == contract.EXIT_UNSOUND
     steps = step_records(tmp_path / "runs" / "r")
-    assert f"at step {len(steps) + 1}; rank 0 had rows [" in done.stderr
+    assert f"at step {len(steps) + 1}: rank 0 had rows [" in done.stderr
+    assert "Traceback" not in done.stderr
     kept = {path.name for path in (tmp_path / "runs" / "r" / "checkpoints").glob("step-*")}
     assert kept == {checkpoint.folder_name(step) for step in steps}
+
+
+def poisoned(folder: Path, tensor: str, place: str, value: str) -> tuple[Path, int]:
+    """Inputs whose token "~" stands in few records, and a model with one weight that is not what it should be.
+
+    Returns:
+        The recipe, and the number of that token.
+    """
+    recipe = write_inputs(folder)
+    lines = (folder / "data.jsonl").read_text().splitlines()
+    odd = [line.replace(": ", ": ~ ") if n in (12, 40) else line for n, line in enumerate(lines)]
+    (folder / "data.jsonl").write_text("\n".join(odd) + "\n")
+    write_model(folder / "model", falcon_7b(tie_word_embeddings=False))
+    code = (
+        "import sys, transformers as t; m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
+        "odd = t.AutoTokenizer.from_pretrained(sys.argv[1]).convert_tokens_to_ids('~');"
+        f"m.get_parameter('{tensor}').data[{place}] = float('{value}'); m.save_pretrained(sys.argv[1]); print(odd)"
+    )
+    return recipe, int(run_python(folder, code, str(folder / "model")).stdout)
+
+
+def launch_poisoned(folder: Path, recipe: Path) -> str:
+    """What a run on two ranks says before it stops."""
+    shape = ("--set", "evaluate.base=false", "--set", "loop.epochs=2", "--set", "loop.max_steps=none")
+    done = launch(folder, "--nproc-per-node", "2", "--recipe", str(recipe), "--run-id", "r", *shape)
+    assert done.returncode == contract.EXIT_UNSOUND, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_row_whose_loss_is_not_finite_is_named_with_its_rank(tmp_path: Path) -> None:
+    recipe, odd = poisoned(tmp_path, "transformer.word_embeddings.weight", "odd", "nan")
+    said = launch_poisoned(tmp_path, recipe)
+    found = re.search(r"loss is nan at step (\d+): rank (\d) had rows (\[.*?\])", said)
+    assert found, said
+    rows = Path(json.loads((tmp_path / "runs" / "r" / "prepared.json").read_text())["rows"])
+    tokens = np.fromfile(rows / "train" / "tokens.bin", "<i4").reshape(-1, 32)
+    holding = set(np.flatnonzero((tokens == odd).any(axis=1)).tolist())
+    assert set(json.loads(found[3])) & holding
+    records = step_records(tmp_path / "runs" / "r")
+    assert sorted(records) == list(range(1, int(found[1])))
+    assert not {row for record in records.values() for row in record["rows"]} & holding
+
+
+def test_a_gradient_norm_that_is_not_finite_is_traced_to_ranks(tmp_path: Path) -> None:
+    said = launch_poisoned(tmp_path, poisoned(tmp_path, "lm_head.weight", "5, 0", "1e30")[0])
+    assert re.search(r"gradient norm is \w+ at step 1: rank 0 had rows .*; rank 1 had rows", said), said
+    assert not list((tmp_path / "runs" / "r" / "checkpoints").glob("step-*"))
 
 
 def test_chat_streams_ends_at_stop_and_works_piped(two_ranks) -> None:
