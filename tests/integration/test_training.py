@@ -270,7 +270,7 @@ def poisoned(folder: Path, tensor: str, place: str, value: str) -> tuple[Path, i
     """
     recipe = write_inputs(folder)
     lines = (folder / "data.jsonl").read_text().splitlines()
-    odd = [line.replace(": ", ": ~ ") if n in (12, 40) else line for n, line in enumerate(lines)]
+    odd = [line.replace("### Human", "~ Human") if n in (12, 42) else line for n, line in enumerate(lines)]
     (folder / "data.jsonl").write_text("\n".join(odd) + "\n")
     write_model(folder / "model", falcon_7b(tie_word_embeddings=False))
     code = (
