@@ -13,7 +13,7 @@ from launcher.errors import UserError
 
 CARRIED: Final = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TMPDIR"),
-    *("VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "CC", "CXX"),
+    *("VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "CC", "CXX", "GLIBC_TUNABLES"),
     *("XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "TORCHINDUCTOR_CACHE_DIR", "HF_*"),
     *("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy"),
     *("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "ALL_PROXY", "NO_PROXY"),
@@ -26,6 +26,12 @@ TELLTALE: Final = (
     *("ONEDNN_*", "DNNL_*", "LD_PRELOAD", "PYTHONPATH", "WANDB_*", "MLFLOW_*"),
 )
 """Names not carried whose owner probably meant them for the ranks: said aloud."""
+
+GLIBC_TUNED: Final = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
+    ":glibc.malloc.top_pad=268435456"
+}
+"""glibc's malloc keeps what a step frees for the next step, instead of faulting fresh pages in (docs/engine.md)."""
 
 COORDINATES: Final = (
     *(contract.RANK, contract.LOCAL_RANK, contract.WORLD_SIZE, contract.LOCAL_WORLD_SIZE),

@@ -151,7 +151,7 @@ class _Builder:
         own = {contract.RANK_DIR: rank_dir, contract.EVENT_FD: str(RANK_EVENT_FD), contract.BACKEND: self.backend}
         store = {contract.STORE_FD: str(RANK_STORE_FD)} if takes_store else {}
         comm = backends.names(place, [s.binding for s in seats], node, backends.fabric_of(self.cluster))
-        common = comm | self._allocator(node) | self._common(node, seat.binding)
+        common = comm | dict(self._allocator(node)) | self._common(node, seat.binding)
         fixed = environment.seat_names(place) | meeting | environment.binding_names(seat.binding) | own | store
         return common | fixed | self._received(node)
 
@@ -159,10 +159,10 @@ class _Builder:
         base = environment.base(self.environ, node.facts.identity, self.config.launch.env)
         return environment.defaults(binding, node.ifname) | base
 
-    def _allocator(self, node: Node) -> dict[str, str]:
+    def _allocator(self, node: Node) -> Mapping[str, str]:
         name = self.config.launch.memory_allocator
         if name == "default":
-            return {}
+            return environment.GLIBC_TUNED
         if name not in node.facts.allocators:
             raise UserError(
                 f'--memory-allocator: {node.host} has no library of it: "{name}"; install it (Debian: '

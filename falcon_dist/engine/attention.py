@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.models.falcon import modeling_falcon
 
+from falcon_dist.engine.segment_gradients import segment_gradients
+
 SEGMENTS: Final = "segments"
 """The name under which transformers' models find this attention."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _SHARES_HEADS: Final = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 """The forward kernel takes fewer heads of keys than of queries; that of torch 2.8 reads past them without a word."""
 
@@ -84,14 +85,11 @@ def segment_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; those of a shared head are summed over the queries that share it."""
-    groups = query.shape[1] // key.shape[1]
     grads = tuple(torch.empty_like(x) for x in (query, key, value))
     for span in spans(position_ids, query.shape[0]):
-        shared = [_expand(x[span], groups) for x in (key, value)]
-        parts = _backward(grad[span], query[span], *shared, out[span], norms[span], 0.0, True, scale=scale)
-        grads[0][span] = parts[0]
-        for whole, part in zip(grads[1:], parts[1:], strict=True):
-            whole[span] = _gather(part, groups)
+        parts = segment_gradients(grad[span], query[span], key[span], value[span], out[span], norms[span], scale)
+        for whole, part in zip(grads, parts, strict=True):
+            whole[span] = part
     return grads[0], grads[1], grads[2]
 
 
@@ -102,13 +100,6 @@ def _expand(heads: Tensor, groups: int) -> Tensor:
         if groups > 1 and heads.shape[1] > 1
         else heads.expand(-1, groups * heads.shape[1], -1, -1)
     )
-
-
-def _gather(grads: Tensor, groups: int) -> Tensor:
-    """[B, G x groups, T, D] -> [B, G, T, D], summed in fp32."""
-    batch, heads, length, width = grads.shape
-    shared = grads.view(batch, heads // groups, groups, length, width)
-    return grads if groups == 1 else shared.sum(dim=2, dtype=torch.float32)
 
 
 @segment_attention.register_fake

@@ -180,6 +180,7 @@ def test_a_memory_allocator_is_the_hosts_own(make_plan):
     found = {"tcmalloc": "/usr/lib/libtcmalloc.so.4"}
     plan = make_plan(allocators=found, memory_allocator="tcmalloc")
     assert {rank.env["LD_PRELOAD"] for rank in plan.ranks} == {"/usr/lib/libtcmalloc.so.4"}
+    assert "GLIBC_TUNABLES" not in plan.ranks[0].env
     assert "LD_PRELOAD" not in make_plan(allocators=found).ranks[0].env
     with pytest.raises(UserError, match='--memory-allocator: localhost has no library of it: "jemalloc"; install'):
         make_plan(allocators=found, memory_allocator="jemalloc")
