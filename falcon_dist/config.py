@@ -13,10 +13,10 @@ from falcon_dist.values import Value, build, check_known, flatten, keys_of, pars
 __all__ = ["TrainConfig", "Value", "build", "check_known", "flatten", "keys_of", "parse_value"]
 
 Precision = Literal["bf16", "bf16-autocast", "fp32"]
+Switch = Literal["auto", "on", "off"]
 Schedule = Literal["constant", "linear", "cosine"]
 Attention = Literal["auto", "segments", "sdpa", "eager"]
 Head = Literal["auto", "chunked", "plain"]
-Switch = Literal["auto", "on", "off"]
 Engine = Literal["native", "ipex"]
 Packing = Literal["wrapped", "best-fit", "off"]
 Form = Literal["auto", "text", "prompt-completion", "messages", "sharegpt", "alpaca"]
@@ -139,8 +139,6 @@ class EngineConfig:
     head: Head = "auto"
     """chunked: output layer and loss together, a few rows at a time; plain: all logits, then their loss; auto: chunked
     where the model allows it."""
-    compile: Switch = "auto"
-    """torch.compile of each decoder layer; it needs a C++ compiler."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
