@@ -91,13 +91,12 @@ chaos-quick: $(READY)
 test-numa: $(READY)
 	$(BIN)/python -m pytest tests/cluster/test_numa_guest.py -m slow
 
-<<<<<<< HEAD
 # A run over two such hosts with a random fault every three minutes, beside one without: make soak MINUTES=40
 .PHONY: soak
 MINUTES ?= 40
 soak: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m chaos.soak --minutes $(MINUTES)
-=======
+
 # torch 2.8 with Intel's extension, for --engine ipex: an environment of its own, for the extension takes no other torch.
 # On PyPI that torch is a CUDA build, which fills 8 GB.
 ipex-venv: $(IPEX_READY)
@@ -125,7 +124,6 @@ bench-venv: .venv-2023/.ready
 	.venv-2023/bin/python -m pip install --quiet --constraint $< \
 	  torch intel_extension_for_pytorch transformers accelerate trl datasets
 	touch $@
->>>>>>> 9a3a471 (--engine ipex: Intel's extension under the same loop, told what it changed, in an environment of its own)
 
 lint: $(READY)
 	$(BIN)/ruff check
