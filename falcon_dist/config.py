@@ -167,6 +167,8 @@ class LoopConfig:
     epochs: float = 1.0
     max_steps: int | None = None
     """Stop after this many optimizer steps; None: what epochs asks for."""
+    check_replicas: int = 50
+    """Steps between comparisons of all ranks' weights and optimizer state; 0: only before a checkpoint."""
     grad_checkpointing: bool = False
     """Keep only what enters each layer and compute the rest again in backward: less memory, a third more products."""
 

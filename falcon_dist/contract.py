@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 class UnsoundError(Exception):
-    """Numbers that cannot be trusted: the run stops before they are saved, exit code 3."""
+    """Numbers that cannot be trusted: shown as one line, without a traceback, exit code EXIT_UNSOUND."""
 
 
 EXIT_USER_ERROR: Final = 2

@@ -172,7 +172,10 @@ def trainer_settings(
         "eval_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
-        "ddp_find_unused_parameters": False,
+        # Without it DDP orders its buckets anew after its first step, and with them the sums over three ranks or more:
+        # a resumed run would have other bits than one that was never stopped. Two ranks' sums have one order only.
+        "ddp_find_unused_parameters": schedule.world_size > 2,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the other kind does not go with it
         "ddp_broadcast_buffers": False,  # they are constants; sending them would make every rank wait for rank 0
         "dataloader_pin_memory": False,
     }
@@ -195,7 +198,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         soundness: Soundness,
         reporter: Reporter,
         pace: Pace,
-        finished: Callable[[], None],
+        finished: Callable[[int], None],
         save: Callable[[int], None],
         evaluate: Callable[[int], Verdict],
         asked_to_stop: Callable[[], bool],
@@ -257,7 +260,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         rows = self._check_rows(step)
         self._report(step, logs, rows)
         self.last_step = step
-        self._finished()
+        self._finished(step)
         every, verdict = self._config.checkpoint.every, self._evaluate(step)
         leave = self._asked_to_stop()
         keep = verdict.stop or leave or (verdict.save and self._config.checkpoint.keep_best)

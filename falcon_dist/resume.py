@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from falcon_dist import checkpoint
+import json
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from falcon_dist import checkpoint, tensor_file, train_state
 from falcon_dist.contract import UserError
+from falcon_dist.engine.named import NamedOptimizer
 from falcon_dist.process_group import agree_on
 from falcon_dist.run import Run, run_facts
+from falcon_dist.team import Team
 
 
-def resume_point(run: Run) -> checkpoint.Checkpoint | None:
+def resume_point(run: Run, team: Team) -> checkpoint.Checkpoint | None:
     """The newest checkpoint that verifies, chosen by rank 0 for all; None where none was ever made.
 
     Raises:
@@ -27,10 +35,50 @@ def resume_point(run: Run) -> checkpoint.Checkpoint | None:
     if step == 0:
         run.reporter.line("no checkpoint to resume from; starting at step 0")
         return None
-    chosen = checkpoint.read(run.checkpoints / checkpoint.folder_name(step))
+    chosen = _told_by_rank_0(run, team, step)
     _check_same_run(run, chosen)
     run.reporter.line(f"resuming from {chosen.path}")
     return chosen
+
+
+def _told_by_rank_0(run: Run, team: Team, step: int) -> checkpoint.Checkpoint:
+    """The checkpoint as rank 0 reads it; other hosts may not have it."""
+    path = run.checkpoints / checkpoint.folder_name(step)
+    if run.world.is_main:
+        team.board.set("resume/facts", json.dumps(dict(checkpoint.read(path).facts)))
+    return checkpoint.Checkpoint(path, step, json.loads(team.board.get("resume/facts")))
+
+
+def restore(
+    run: Run,
+    team: Team,
+    chosen: checkpoint.Checkpoint,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: NamedOptimizer,
+) -> None:
+    """Gives model and optimizer the checkpoint's state on all ranks, also on those that do not see its folder.
+
+    Raises:
+        UserError: the state is not there, or is divided over ranks of which some do not see it.
+    """
+    if len(team.writers) == run.world.world_size:
+        run.strategy.load(chosen.path, model, tokenizer, optimizer)
+        return
+    kept = run.strategy.kept(model, tokenizer, optimizer)
+    if kept is None:
+        raise UserError(f'--resume: "{run.checkpoints}" is not on all hosts; put the run into a folder that they share')
+    state, steps = train_state.load(chosen.path, kept) if team.leads else ({}, 0)
+    if team.leads:
+        spec = {name: [tensor_file.DTYPES[t.dtype], list(t.shape)] for name, t in state.items()}
+        team.board.set("resume/state", json.dumps([steps, spec]))
+    else:
+        steps, spec = json.loads(team.board.get("resume/state"))
+        state = {name: torch.empty(shape, dtype=tensor_file.KINDS[kind]) for name, (kind, shape) in spec.items()}
+    for tensor in (*kept.weights.values(), *state.values()):
+        dist.broadcast(tensor.detach().view(-1).view(torch.uint8), src=0)
+    optimizer.load_named_state(train_state.parameter_names(model), state, steps)
 
 
 def _check_same_run(run: Run, chosen: checkpoint.Checkpoint) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from falcon_dist import checkpoint, train_state
+from falcon_dist import checkpoint, replicas, train_state
 from falcon_dist.background import Copies, Job, Writer
 from falcon_dist.contract import UserError
 from falcon_dist.emergency import Updates
@@ -43,6 +43,7 @@ class Saver:
 
     def __post_init__(self) -> None:
         self._copies = Copies()
+        self._compared = 0
         asked = self.run.config.checkpoint.background
         self._in_background = asked == "on" or (asked == "auto" and self.run.strategy.steady)
         self._writer = Writer(self.team)
@@ -61,8 +62,26 @@ class Saver:
             if kept is None:
                 self._save_together(step)
             else:
+                self._check_replicas(step, kept)
                 self._begin(step, kept)
             self.stalls_s.append(time.monotonic() - began)
+
+    def check_replicas(self, step: int) -> None:
+        """Compares all ranks' state where it is due.
+
+        Raises:
+            UnsoundError: they are not equal.
+        """
+        every = self.run.config.loop.check_replicas
+        if every and step % every == 0 and (kept := self._kept()) is not None:
+            self._check_replicas(step, kept)
+
+    def _check_replicas(self, step: int, kept: Kept) -> None:
+        """Also before a save, to which every rank gives a share: none of a state that differs is ever kept."""
+        world_size = self.run.world.world_size
+        if world_size > 1 and self._compared != step:
+            replicas.check_equal(kept.tensors, self.team, world_size, step)
+            self._compared = step
 
     def finish(self) -> None:
         """Waits for the save that is under way.

@@ -28,7 +28,7 @@ DTYPES: Final = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_KINDS: Final = {name: dtype for dtype, name in DTYPES.items()}
+KINDS: Final = {name: dtype for dtype, name in DTYPES.items()}
 CHUNK_BYTES: Final = 8 << 20
 _ALIGNMENT: Final = 8
 
@@ -114,7 +114,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], Told]:
     tensors = {}
     with _Reading(path) as reading:
         for name, told in reading.in_order():
-            tensors[name] = torch.empty(told["shape"], dtype=_KINDS[told["dtype"]])
+            tensors[name] = torch.empty(told["shape"], dtype=KINDS[told["dtype"]])
             reading.fill(name, told, tensors[name])
         return tensors, reading.told()
 

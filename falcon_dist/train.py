@@ -46,7 +46,7 @@ from falcon_dist.pace import Pace
 from falcon_dist.prepare import Prepared
 from falcon_dist.process_group import open_group, same_everywhere
 from falcon_dist.profiling import ProfileCallback, check_profile
-from falcon_dist.resume import resume_point
+from falcon_dist.resume import restore, resume_point
 from falcon_dist.rows import PackedStore
 from falcon_dist.run import Run, closing_lines, opening_lines
 from falcon_dist.saving import Saver
@@ -132,7 +132,7 @@ def _train_in_group(run: Run, team: Team, seen: affinity.Observed, *, resume: bo
         stay_in_place(model)
         run.strategy.ready(model)
         changes = _optimized(run, model)
-        chosen = resume_point(run) if resume else None
+        chosen = resume_point(run, team) if resume else None
     before = measure_base(run, model, tokenizer)
     monitor = make_monitor(run, model, tokenizer, chosen)
     last_step = _fit(run, model, tokenizer, team=team, chosen=chosen, monitor=monitor)
@@ -183,7 +183,7 @@ def _fit(
     optimizer = run.strategy.make_optimizer(model)
     if chosen:
         with run.reporter.phase("load"):
-            run.strategy.load(chosen.path, model, tokenizer, optimizer)
+            restore(run, team, chosen, model=model, tokenizer=tokenizer, optimizer=optimizer)
     if start >= run.schedule.total_steps or monitor.stopped:
         run.reporter.line(f"all {start} steps are done already")
         return start
@@ -213,6 +213,11 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
     stopper = Stopper(run.reporter)
     pace = Pace(model)
     emergency = Emergency(saver.save_last_finished if saver.can_save_alone else None, run.reporter)
+
+    def finished(step: int) -> None:
+        emergency.offer()
+        saver.check_replicas(step)
+
     callback = StepCallback(
         config=run.config,
         schedule=run.schedule,
@@ -224,7 +229,7 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
         soundness=soundness,
         reporter=run.reporter,
         pace=pace,
-        finished=emergency.offer,
+        finished=finished,
         save=saver.save,
         evaluate=lambda step: _evaluate(monitor, trainer, step),
         asked_to_stop=stopper.after_step,
