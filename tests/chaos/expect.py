@@ -109,7 +109,7 @@ def stopped(bed: Bed, job: Job, named: str, codes: tuple[int, ...], *, within: f
     wrong += damaged(job.run / "checkpoints")
     return Found(
         detected_s=detected,
-        cause=line.text if line else "",
+        cause=line.text.removeprefix("noticed: ") if line else "",
         orphans=bed.count_orphans(),
         exit_code=code,
         wrong=tuple(wrong),
