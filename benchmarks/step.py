@@ -161,12 +161,14 @@ def tell(flags: argparse.Namespace, parameters: int, seconds: Mapping[str, list[
 def work(flags: argparse.Namespace) -> None:
     """One contender: trains as long as it is told to take steps."""
     import torch
+    from transformers import PrinterCallback
 
     torch.set_num_threads(flags.threads)
     with tempfile.TemporaryDirectory() as folder:
         make = stock_trainer if flags.worker in ("stock", "2023") else our_trainer
         trainer = make(flags, folder)
         print(json.dumps({"parameters": sum(p.numel() for p in trainer.model.parameters())}), flush=True)
+        trainer.remove_callback(PrinterCallback)  # what it prints would be taken for an answer
         trainer.add_callback(pace())
         form = getattr(trainer, "form", None)
         if form is None:
