@@ -64,6 +64,15 @@ FALCON_CLONES void add_two(
   }
 }
 
+FALCON_CLONES void add_two(const float* a, const float* b, float scale, float* result, float* shared, size_t count) {
+#pragma GCC ivdep
+  for (size_t i = 0; i < count; ++i) {
+    const float sum = (a[i] + b[i]) * scale;
+    result[i] = sum;
+    shared[i] = sum;
+  }
+}
+
 FALCON_CLONES void divide(float* sum, float divisor, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     sum[i] /= divisor;
@@ -84,12 +93,9 @@ void fold_into(Fold operation, float* sum, const float* from, size_t count) {
   }
 }
 
-inline const uint16_t* as_bfloat16(const char* bytes) {
-  return reinterpret_cast<const uint16_t*>(bytes);
-}
-
-inline uint16_t* as_bfloat16(char* bytes) {
-  return reinterpret_cast<uint16_t*>(bytes);
+template <typename T, typename Bytes>
+T* as(Bytes* bytes) {
+  return reinterpret_cast<T*>(bytes);
 }
 
 }  // namespace
@@ -106,10 +112,12 @@ void fold(
   alignas(64) float wide[kBlock];
   alignas(64) uint16_t low[kBlock];
   const bool half = element == Element::kBfloat16;
-  if (half && ranks == 2 && (operation == Fold::kSum || operation == Fold::kAverage)) {
+  if (ranks == 2 && (operation == Fold::kSum || operation == Fold::kAverage)) {
     const float scale = operation == Fold::kAverage ? 0.5f : 1.0f;
-    const uint16_t* const a = as_bfloat16(inputs[0]);
-    return add_two(a, as_bfloat16(inputs[1]), scale, as_bfloat16(result), as_bfloat16(shared), count);
+    return half ? add_two(as<const uint16_t>(inputs[0]), as<const uint16_t>(inputs[1]), scale, as<uint16_t>(result),
+                          as<uint16_t>(shared), count)
+                : add_two(as<const float>(inputs[0]), as<const float>(inputs[1]), scale, as<float>(result),
+                          as<float>(shared), count);
   }
   const size_t width = bytes_of(element);
   for (size_t start = 0; start < count; start += kBlock) {
@@ -118,7 +126,7 @@ void fold(
     for (int rank = 0; rank < ranks; ++rank) {
       float* const into = rank == 0 ? sum : wide;
       if (half) {
-        load(as_bfloat16(inputs[rank] + offset), into, here);
+        load(as<const uint16_t>(inputs[rank] + offset), into, here);
       } else if (rank == 0) {
         std::memcpy(sum, inputs[0] + offset, here * width);
       }
