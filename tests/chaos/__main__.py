@@ -23,6 +23,7 @@ from cluster.hosts import Hosts
 
 from chaos import entering, hostile, links, ranks, saving
 from chaos.bed import Bed, write_inputs
+from chaos.job import leave
 from chaos.table import MODES, Fault, Found, Line, Mode, check_complete, markdown, newest
 
 FAMILIES = (ranks, links, saving, entering, hostile)
@@ -41,7 +42,7 @@ def main() -> int:
     """Runs rows and prints them; exit code 1 where one failed."""
     args = _arguments()
     check_complete(ALL)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts are taken down on the way out
+    signal.signal(signal.SIGTERM, leave)
     wanted = [f for f in ALL if (not args.rows or f.number in args.rows) and (f.quick or not args.quick)]
     lines: list[Line] = []
     began = time.monotonic()

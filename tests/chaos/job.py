@@ -163,3 +163,9 @@ class Job:
         thread = threading.Thread(target=read, daemon=True)
         thread.start()
         return thread
+
+
+def leave(number: int, _: object) -> None:
+    """Ends this program on a signal, once: its hosts are taken down on the way out, which a second one must not stop."""
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)

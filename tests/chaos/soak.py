@@ -20,7 +20,7 @@ from pathlib import Path
 from cluster.hosts import Hosts
 
 from chaos.bed import STEPS, Bed, write_inputs
-from chaos.job import Job
+from chaos.job import Job, leave
 
 HANG_S = 15
 MOST_DIFFERENCE = 0.005
@@ -63,7 +63,7 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=180, metavar="SECONDS", help="between faults")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts are taken down on the way out
+    signal.signal(signal.SIGTERM, leave)
     print(f"--seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
         with Hosts(4, Path(folder) / "c") as hosts:
