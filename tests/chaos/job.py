@@ -166,6 +166,6 @@ class Job:
 
 
 def leave(number: int, _: object) -> None:
-    """Ends this program on a signal, once: its hosts are taken down on the way out, which a second one must not stop."""
+    """Ends this program on a signal, once: hosts are taken down on the way out, which a second must not stop."""
     signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
