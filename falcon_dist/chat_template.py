@@ -38,7 +38,9 @@ def find_template(name: str) -> str:
     if name.endswith(".jinja"):
         raise UserError(f'data.template: no such file: "{name}"')
     try:
-        found = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name).chat_template
+        found = AutoTokenizer.from_pretrained(
+            str(path) if path.is_dir() else name, trust_remote_code=False
+        ).chat_template
     except (OSError, ValueError) as error:
         known = ", ".join([*known_templates(), "or a .jinja file"])
         raise UserError(f'data.template: no such template or model: "{name}"; known: {known}') from error

@@ -12,6 +12,7 @@ from peft import PeftModel
 from falcon_dist import checkpoint
 from falcon_dist.config import ModelConfig
 from falcon_dist.contract import UserError
+from falcon_dist.engine.foreign import check_weights
 from falcon_dist.engine.native import ADAPTER_CONFIG, base_of, load_model, load_tokenizer
 
 
@@ -54,6 +55,7 @@ def _facts_of(adapter: Path) -> dict[str, Any]:
     """What the checkpoint's manifest tells of its run, its bytes verified; nothing for adapters of others."""
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise UserError(f'falcon merge: no {ADAPTER_CONFIG} in "{adapter}"; give a checkpoint of a LoRA run')
+    check_weights(adapter)
     if not (adapter / checkpoint.MANIFEST).is_file():
         return {"step": 0}
     fault = checkpoint.fault_of(adapter)

@@ -93,8 +93,10 @@ def _convert_smollm2(package: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
-    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF, trust_remote_code=False)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=_GGUF, dtype=torch.float32, trust_remote_code=False
+    )
     # A model read from GGUF refuses to be saved, so a plain one takes its weights over.
     values = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):

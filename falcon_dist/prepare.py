@@ -15,6 +15,7 @@ from falcon_dist.chat_template import set_template
 from falcon_dist.config import ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.dataset import describe, prepare_rows
+from falcon_dist.engine.foreign import check_weights
 from falcon_dist.engine.native import count_parameters, load_config, load_tokenizer
 from falcon_dist.masking import check_packing
 from falcon_dist.packaged import PREFIX, packaged_model
@@ -59,6 +60,7 @@ def prepare(config: TrainConfig, run_dir: Path, env: Mapping[str, str]) -> Prepa
     if contract.PREPARED in env:  # model and rows came from node 0
         return Prepared.read(run_dir, env)
     model = find_model(config.model)
+    check_weights(model)
     plan = load_config(model, config.model)
     if getattr(plan, "quantization_config", None) is not None:
         raise UserError(f'model.name: its weights are quantised: "{config.model.name}"; train the one it was made from')

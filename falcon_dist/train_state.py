@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -106,25 +107,39 @@ def load(folder: Path, kept: Kept) -> tuple[dict[str, torch.Tensor], int]:
     """Fills the kept weights from a checkpoint; the optimizer's state, in tensors of its own, and its steps.
 
     Raises:
-        UserError: the checkpoint was saved without the optimizer; a fresh one would train something else.
+        UserError: the checkpoint was saved without the optimizer; a fresh one would train something else. Or a
+            file of it is not what its name says.
     """
     if not (folder / COUNTERS).is_file():
         raise UserError(f'--resume: "{folder}" has no optimizer state; it was saved with checkpoint.optimizer=false')
     _fill(folder, kept)
     state: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob(f"{OPTIMIZER}*.safetensors")):
-        state |= tensor_file.read(file)[0]
-    return state, json.loads((folder / COUNTERS).read_text())["optimizer_steps"]
+        with _named(file):
+            state |= tensor_file.read(file)[0]
+    with _named(folder / COUNTERS):
+        return state, json.loads((folder / COUNTERS).read_bytes())["optimizer_steps"]
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Says which file could not be read."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'--resume: "{file}" cannot be used: {error}') from error
 
 
 @torch.no_grad()
 def _fill(folder: Path, kept: Kept) -> None:
     missing = dict(kept.weights)
     for file in sorted(folder.glob(f"{kept.stem}*.safetensors")):
-        names = tensor_file.names_in(file)
+        with _named(file):
+            names = tensor_file.names_in(file)
         if odd := sorted(set(names) - set(missing)):
             raise RuntimeError(f'{file}: weights do not fit the model: unexpected "{odd[0]}"')
-        tensor_file.read_into(file, {name: missing.pop(name) for name in names})
+        with _named(file):
+            tensor_file.read_into(file, {name: missing.pop(name) for name in names})
     if missing:
         raise RuntimeError(f'{folder}: weights do not fit the model: no "{min(missing)}"')
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +19,7 @@ from transformers import (
 
 from falcon_dist.config import ModelConfig, Precision
 from falcon_dist.contract import UserError
+from falcon_dist.engine import foreign
 from falcon_dist.engine.attention import SEGMENTS, register
 from falcon_dist.engine.form import FAMILIES
 
@@ -36,8 +38,10 @@ def load_model(source: Path | str, config: ModelConfig, precision: Precision) ->
     A folder of adapters gives the model they were trained on with them beside its layers.
 
     Raises:
-        UserError: there is no such model, or its files do not load.
+        UserError: there is no such model, or its files do not load, or are such as could run code.
     """
+    for place in (source, base_of(source)):
+        foreign.check_weights(place)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(source),
@@ -45,9 +49,10 @@ def load_model(source: Path | str, config: ModelConfig, precision: Precision) ->
             revision=_revision(source, config),
             attn_implementation=_attention(source, config),
             use_safetensors=True,
+            trust_remote_code=False,  # left out, it asks at the terminal
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f'model.name: cannot load "{source}": {_first_line(error)}') from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UserError(f'model.name: cannot load "{source}": {foreign.reason(source, error)}') from error
     if getattr(model, "hf_quantizer", None) is not None:
         from falcon_dist.weight_only import ready
 
@@ -104,9 +109,13 @@ def load_tokenizer(source: Path | str, config: ModelConfig) -> PreTrainedTokeniz
         UserError: there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=_revision(source, config))
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(source), revision=_revision(source, config), trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        raise UserError(f'model.name: cannot load the tokenizer of "{source}": {_first_line(error)}') from error
+        raise UserError(
+            f'model.name: cannot load the tokenizer of "{source}": {foreign.reason(source, error)}'
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -119,9 +128,9 @@ def load_config(source: Path | str, config: ModelConfig) -> PreTrainedConfig:
         UserError: there is no such model.
     """
     try:
-        return AutoConfig.from_pretrained(base_of(source), revision=_revision(source, config))
+        return AutoConfig.from_pretrained(base_of(source), revision=_revision(source, config), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f'model.name: cannot load "{source}": {_first_line(error)}') from error
+        raise UserError(f'model.name: cannot load "{source}": {foreign.reason(source, error)}') from error
 
 
 def count_parameters(plan: PreTrainedConfig) -> int:
@@ -133,7 +142,3 @@ def count_parameters(plan: PreTrainedConfig) -> int:
 
 def _revision(source: Path | str, config: ModelConfig) -> str:
     return "main" if Path(source).exists() else config.revision or "main"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
