@@ -47,13 +47,17 @@ test: $(READY) lint
 
 # Hosts made of namespaces, with sshd: needs root, and on Debian
 # apt-get install -y --no-install-recommends openssh-server openssh-client iproute2 nftables util-linux
+test-cluster: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests
 test-cluster: $(READY)
 	$(PIP) --no-deps --no-build-isolation deepspeed hjson ninja msgpack py-cpuinfo einops
+	$(BIN)/python -m falcon_dist.ccl build
 	$(BIN)/python -m pytest tests/cluster -m "not slow" --ignore-glob="*/test_slurm*"
 
 # A real Slurm over such hosts; besides
 # apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge
+test-slurm: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests
 test-slurm: $(READY)
+	$(BIN)/python -m falcon_dist.ccl build
 	$(BIN)/python -m pytest tests/cluster/test_slurm*.py
 
 # Kills at random moments of random parts of runs over such hosts: 950 with plain ranks, 50 while training.
