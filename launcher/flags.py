@@ -193,7 +193,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from importlib import metadata  # slow, and needed here only
 
-        parser.exit(0, f"falcon-launch {metadata.version('falcon-dist')}\n")
+        print("falcon-launch", metadata.version("falcon-dist"))
+        parser.exit()
 
 
 def _no_such_flag(flag: str, parser: _Parser) -> str:
