@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from falcon_dist import checkpoint, tensor_file, train_state
+from falcon_dist import checkpoint, identity, tensor_file, train_state
 from falcon_dist.contract import UserError
 from falcon_dist.engine.named import NamedOptimizer
 from falcon_dist.process_group import agree_on
@@ -20,7 +20,7 @@ def resume_point(run: Run, team: Team) -> checkpoint.Checkpoint | None:
     """The newest checkpoint that verifies, chosen by rank 0 for all; None where none was ever made.
 
     Raises:
-        UserError: there are checkpoints but none verifies, or the newest is of another run.
+        UserError: there are checkpoints but none verifies, or the newest was trained with something else.
     """
     step = 0
     if run.world.is_main:
@@ -82,11 +82,19 @@ def restore(
 
 
 def _check_same_run(run: Run, chosen: checkpoint.Checkpoint) -> None:
-    """Raises UserError where going on would train other rows than the run began with."""
+    """Raises UserError where going on would train something else than the run began with."""
     now = run_facts(run)
-    for key in ("rows", "global_batch", "seed", "total_steps", "precision", "strategy"):
-        if chosen.facts[key] != now[key]:
-            raise UserError(
-                f'--resume: {key} was "{chosen.facts[key]}" when {chosen.path.name} was saved and is "{now[key]}" '
-                "now; resume with the same settings, or start a new run"
-            )
+    if odd := identity.differences(chosen.facts, now, (*identity.MADE_OF, *identity.SETTINGS)):
+        for line in identity.table(odd):
+            run.reporter.line(line)
+        name, then, here = odd[0]
+        others = f" (and {len(odd) - 1} more, see above)" if odd[1:] else ""
+        raise UserError(
+            f'--resume: {name} was "{then}" when {chosen.path.name} was saved and is "{here}" now{others}; '
+            "resume with the same, or start a new run"
+        )
+    if odd := identity.differences(chosen.facts, now, identity.TOLD_ONLY):
+        for line in (f"{chosen.path.name} was saved by another version:", *identity.table(odd)):
+            run.reporter.line(line)
+    if missing := identity.unknown(chosen.facts):
+        run.reporter.line(f"not compared, for {chosen.path.name} does not tell of it: {', '.join(missing)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ class Run:
     schedule: Schedule
     reporter: Reporter
     strategy: Replicated
+    identity: Mapping[str, str]
+    """Digests of what the run is made of as it starts, see identity.py."""
 
     @property
     def checkpoints(self) -> Path:
@@ -49,6 +52,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "seed": run.config.seed,
         "precision": run.config.precision,
         "strategy": run.config.strategy,
+        **run.identity,
     }
 
 

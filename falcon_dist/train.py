@@ -24,6 +24,7 @@ from falcon_dist.engine import peak
 from falcon_dist.engine.form import TrainingForm, choose
 from falcon_dist.engine.native import load_config, load_model, load_tokenizer, stay_in_place
 from falcon_dist.host_memory import total_bytes
+from falcon_dist.identity import identity_of
 from falcon_dist.keeping import check_keeping
 from falcon_dist.loop import (
     PackedTrainer,
@@ -103,6 +104,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
         schedule=schedule,
         reporter=reporter,
         strategy=make_strategy(config, world),
+        identity=identity_of(prepared.model, config.model),
     )
     run.strategy.check(schedule)
     check_evaluate(config.evaluate, len(store.evaluation), prompts_of(config.evaluate) if world.is_main else ())

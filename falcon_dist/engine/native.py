@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -51,7 +52,7 @@ def load_model(source: Path | str, config: ModelConfig, precision: Precision) ->
             use_safetensors=True,
             trust_remote_code=False,  # left out, it asks at the terminal
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f'model.name: cannot load "{source}": {foreign.reason(source, error)}') from error
     if getattr(model, "hf_quantizer", None) is not None:
         from falcon_dist.weight_only import ready
@@ -129,7 +130,7 @@ def load_config(source: Path | str, config: ModelConfig) -> PreTrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(base_of(source), revision=_revision(source, config), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f'model.name: cannot load "{source}": {foreign.reason(source, error)}') from error
 
 

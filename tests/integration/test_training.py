@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -231,9 +232,45 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
     done = launch(tmp_path, "--resume", "r", "--set", "seed=1")
     assert done.returncode == 2
     assert '--resume: seed was "0" when step-000004 was saved and is "1" now' in done.stderr
+    assert re.search(r"seed  0     1$", done.stdout, re.MULTILINE)
     again = launch(tmp_path, "--resume", "r")
     assert again.returncode == 0, again.stderr
     assert "all 4 steps are done already" in again.stdout
+
+
+def test_resume_with_another_model_config_or_tokenizer_is_refused_in_a_table(tmp_path: Path) -> None:
+    recipe = write_inputs(tmp_path)
+    assert launch(tmp_path, "--recipe", str(recipe), "--run-id", "r", "--set", "loop.max_steps=2").returncode == 0
+    last = tmp_path / "runs" / "r" / "checkpoints" / "step-000002"
+    facts = checkpoint.read(last).facts
+    model, aside = tmp_path / "model", shutil.copytree(tmp_path / "model", tmp_path / "aside")
+    for name, values in (("config.json", {"layer_norm_epsilon": 0.5}), ("tokenizer_config.json", {"odd": 7})):
+        (model / name).write_text(json.dumps({**json.loads((model / name).read_text()), **values}))
+    done = launch(tmp_path, "--resume", "r")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for what in ("tokenizer", "model config"):
+        row = re.search(rf"\b{what}  +([0-9a-f]{{12}})  ([0-9a-f]{{12}})$", done.stdout, re.MULTILINE)
+        assert row, done.stdout
+        assert facts[what.replace(" ", "_")].startswith(row[1]) != facts[what.replace(" ", "_")].startswith(row[2])
+    assert '--resume: tokenizer was "' in done.stderr
+    assert "(and 1 more, see above)" in done.stderr
+    shutil.rmtree(model)
+    aside.rename(model)
+    retell(last, code="0" * 64, tokenizer=None)
+    other = launch(tmp_path, "--resume", "r")
+    assert other.returncode == 0, other.stderr
+    assert "step-000002 was saved by another version:" in other.stdout
+    assert re.search(rf"falcon-dist code  0{{12}}  {facts['code'][:12]}", other.stdout)
+    assert "not compared, for step-000002 does not tell of it: tokenizer" in other.stdout
+
+
+def retell(path: Path, **changes: str | None) -> None:
+    """A checkpoint whose manifest tells other facts, or without those that are None."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    facts = {**manifest["facts"], **changes}
+    manifest["facts"] = {name: value for name, value in facts.items() if value is not None}
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_no_checkpoint_that_can_be_trusted_is_an_error(tmp_path: Path) -> None:

@@ -214,6 +214,15 @@ def test_a_model_that_needs_its_own_code_is_refused_and_nobody_is_asked(bringing
         find_template(str(bringing_code))
 
 
+def test_a_configuration_that_transformers_refuses_is_one_line(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    change(folder / "config.json", layer_norm_epsilon="seven")
+    for way in (load_config, partial(load_model, precision="bf16")):
+        with pytest.raises(UserError, match=r"model.name: cannot load .*layer_norm_epsilon") as error:
+            way(folder, ModelConfig(name=str(folder)))  # type: ignore[operator]
+        assert "\n" not in str(error.value)
+
+
 def speaking(code: str, *args: str) -> Channel:
     words = [sys.executable, "-c", code, *args]
     return Channel("node1", Spawned(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
