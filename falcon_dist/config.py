@@ -183,7 +183,7 @@ class CheckpointConfig:
     """Largest weights file, as transformers writes it ("200MB", "2GB")."""
     background: Switch = "auto"
     """Write while training goes on, from a copy in memory that the ranks share out; off: all wait for the disk;
-    auto: on, but for strategy full-lowmem."""
+    auto: on where the copy takes no more than half of the memory that is left, but for strategy full-lowmem."""
     optimizer: bool = True
     """Keep the optimizer's state, so that the run can be resumed."""
     keep_last: int | None = None

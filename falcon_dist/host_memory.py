@@ -1,4 +1,4 @@
-"""How much memory this host, or the cgroup this process lives in, has in all."""
+"""How much memory this host, or the cgroup this process lives in, has in all, and has left."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ CGROUPS: Final = Path("/sys/fs/cgroup")
 OWN: Final = Path("/proc/self/cgroup")
 LIMITS: Final = ("memory.max", "memory.limit_in_bytes")
 """The file that holds a limit in version 2 and in version 1."""
+
+
+def room_bytes(ranks: int) -> int:
+    """What ``ranks`` processes like this one could still take together."""
+    used: int = ranks * psutil.Process().memory_info().rss
+    return min(int(psutil.virtual_memory().available), total_bytes() - used)
 
 
 def total_bytes() -> int:

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from falcon_dist import checkpoint, replicas, train_state
+from falcon_dist import checkpoint, host_memory, replicas, train_state
 from falcon_dist.background import Copies, Job, Writer
 from falcon_dist.contract import UserError
 from falcon_dist.emergency import Updates
@@ -25,6 +25,8 @@ from falcon_dist.team import Team
 from falcon_dist.train_state import Kept
 
 LAST_WAIT_S: Final = 60.0
+MOST_OF_ROOM: Final = 0.5
+"""The part of the memory that is left which copies may take."""
 
 
 @dataclass(kw_only=True)
@@ -44,8 +46,7 @@ class Saver:
     def __post_init__(self) -> None:
         self._copies = Copies()
         self._compared = 0
-        asked = self.run.config.checkpoint.background
-        self._in_background = asked == "on" or (asked == "auto" and self.run.strategy.steady)
+        self._in_background: bool | None = None
         self._writer = Writer(self.team)
 
     @property
@@ -128,6 +129,8 @@ class Saver:
         mine = tuple(shard for shard in shards if self.team.writers[shard.writer] == self.team.rank)
         live = kept.tensors
         tensors = {name: live[name] for shard in mine for name in shard.tensors}
+        if self._in_background is None:
+            self._in_background = self._is_for_background(sum(tensor.nbytes for tensor in tensors.values()))
         job = Job(
             root=self.run.checkpoints,
             step=step,
@@ -139,6 +142,14 @@ class Saver:
         self._writer.begin(job, partial(self._settle, step, self.monitor.best_step))
         if not self._in_background:
             self._writer.finish()
+
+    def _is_for_background(self, copied_bytes: int) -> bool:
+        """Whether this rank writes from a copy; ranks need not agree, one without a copy waits for its own writing."""
+        asked = self.run.config.checkpoint.background
+        if asked != "auto":
+            return asked == "on"
+        ranks = self.run.world.local_world_size
+        return self.run.strategy.steady and ranks * copied_bytes < MOST_OF_ROOM * host_memory.room_bytes(ranks)
 
     def _settle(self, step: int, best: int | None, fault: str | None) -> None:
         """What follows a save on the rank that leads."""

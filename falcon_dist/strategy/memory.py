@@ -110,11 +110,9 @@ def predict(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> Ran
 
 
 def _copied(config: TrainConfig, trained: int, optimizer: int, world_size: int) -> int:
-    """What a rank copies, in bytes, of what is saved in the background."""
-    asked = config.checkpoint.background
-    background = asked == "on" or (asked == "auto" and config.strategy != "full-lowmem")
+    """What a rank copies, in bytes, of what is saved in the background; "auto" copies where there is room only."""
     kept = trained + (optimizer if config.checkpoint.optimizer else 0)
-    return kept // world_size if background else 0
+    return kept // world_size if config.checkpoint.background == "on" else 0
 
 
 def _mapped(config: TrainConfig, weights: int) -> RankMemory:
