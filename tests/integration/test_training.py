@@ -43,7 +43,7 @@ def test_run_ends_well_and_tells_what_it_did(two_ranks) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for text in (
         "batch: 1 rows x 2 accumulated x 2 ranks = 4 rows a step; 8 steps = 32 rows",
-        "memory per rank:",
+        "memory per rank, at most about:",
         "held-out, base:",
         "held-out, tuned:",
         "prompt: What is a socket?",
