@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -15,6 +16,8 @@ from launcher.transport import Channel
 
 EXAMINE_S: Final = 90.0
 CLOCK_TRIES: Final = 3
+CARRIED: Final = ("XDG_CACHE_HOME", "CXX")
+"""What decides where the ccl backend is looked for, as a run would carry it."""
 
 
 def look(agents: Agents, hosts: Hostfile, run_dir: str, *, with_torch: bool) -> list[Findings]:
@@ -50,8 +53,9 @@ def _seats(agents: Agents, meeting: Meeting) -> list[dict[str, str]]:
         environment.Seat(rank=n, local_rank=0, world_size=size, local_world_size=1, node_rank=n, num_nodes=size)
         for n in range(size)
     ]
+    cache = {name: os.environ[name] for name in CARRIED if name in os.environ}
     return [
-        environment.seat_names(place) | met | {"GLOO_SOCKET_IFNAME": ifname, ccl_environment.INTERFACE: ifname}
+        cache | environment.seat_names(place) | met | {"GLOO_SOCKET_IFNAME": ifname, ccl_environment.INTERFACE: ifname}
         for place, ifname in zip(places, meeting.ifnames, strict=True)
     ]
 
