@@ -26,7 +26,7 @@ def trained(hosts: Hosts):
     recipe.write_text(recipe.read_text().replace(str(home), str(hosts.disk / "home")).replace("= 4\n", "= 6\n", 1))
     words = ["--hosts", "node[1-3]", "--nproc-per-node", "1", "--recipe", "recipe.toml", "--run-id", "apart"]
     done = hosts[0].run(
-        *map(str, (BIN / "falcon-launch", *words)), cwd=hosts.disk / "home", env=own_cache(hosts), timeout=200
+        *map(str, (BIN / "falcon-launch", *words)), cwd=hosts.disk / "home", env=own_cache(hosts), timeout=290
     )
     return hosts, done
 
