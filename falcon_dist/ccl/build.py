@@ -48,7 +48,7 @@ _BUILD_TIMEOUT_S: Final = 900
 class Recipe:
     """Everything a build depends on; ``key`` is its hash."""
 
-    library: Library
+    oneccl: Library
     compiler: str
     compiler_version: str
 
@@ -58,7 +58,7 @@ class Recipe:
         facts = {
             "torch": [torch.__version__, torch.version.git_version],
             "python": sysconfig.get_config_var("SOABI"),
-            "oneccl": [self.library.version, str(self.library.folder)],
+            "oneccl": [self.oneccl.version, str(self.oneccl.folder)],
             "compiler": self.compiler_version,
             "build": [Path(__file__).read_text(), os.environ.get("CXXFLAGS", "")],
             "sources": {p.name: p.read_text() for p in sorted(SOURCES.iterdir()) if p.is_file()},
@@ -79,7 +79,7 @@ def cache_folder() -> Path:
 
 def recipe() -> Recipe:
     """What a build would be made of here. Raises UserError where oneCCL or a compiler is missing."""
-    library = find_library()
+    oneccl = find_library()
     compiler = os.environ.get("CXX") or "g++"
     path = shutil.which(compiler)
     if path is None:
@@ -87,7 +87,7 @@ def recipe() -> Recipe:
             f"oneCCL: no C++ compiler {compiler!r} on PATH to build the ccl backend; install g++ 11 or later or set CXX"
         )
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    return Recipe(library=library, compiler=path, compiler_version=version.stdout.splitlines()[0])
+    return Recipe(oneccl=oneccl, compiler=path, compiler_version=version.stdout.splitlines()[0])
 
 
 def ensure_built() -> Path:
@@ -115,7 +115,7 @@ def _locked(key: str) -> Iterator[None]:
 
 def _compile_into(wanted: Recipe) -> None:
     started = time.monotonic()
-    log.info("building the ccl backend for torch %s and oneCCL %s", torch.__version__, wanted.library.version)
+    log.info("building the ccl backend for torch %s and oneCCL %s", torch.__version__, wanted.oneccl.version)
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="build-") as name:
         folder = Path(name)
         objects = []
@@ -136,7 +136,7 @@ def _compile(wanted: Recipe) -> list[str]:
     folders = [
         torch_include,
         torch_include / "torch" / "csrc" / "api" / "include",
-        wanted.library.include,
+        wanted.oneccl.include,
         Path(sysconfig.get_paths()["include"]),
     ]
     extra = os.environ.get("CXXFLAGS", "").split()
@@ -156,7 +156,7 @@ def _abi_flags() -> list[str]:
 
 def _link(wanted: Recipe, objects: list[str]) -> list[str]:
     torch_lib = Path(torch.__file__).parent / "lib"
-    library = wanted.library.folder
+    library = wanted.oneccl.folder
     return [
         wanted.compiler,
         "-shared",

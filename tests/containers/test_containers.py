@@ -59,10 +59,10 @@ def image(pods: Pods, context: Path) -> str:
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """What is mounted as /work."""
+    """What is mounted as /data."""
     write_inputs(tmp_path)
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(recipe.read_text().replace(str(tmp_path), "/work"))
+    recipe.write_text(recipe.read_text().replace(str(tmp_path), "/data"))
     for path in (tmp_path, *tmp_path.rglob("*")):
         os.chown(path, 1000, 1000)
     return tmp_path
