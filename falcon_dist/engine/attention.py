@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.models.falcon import modeling_falcon
 
+from falcon_dist.engine.rotary import shared_heads
 from falcon_dist.engine.segment_gradients import segment_gradients
 
 SEGMENTS: Final = "segments"
@@ -182,10 +183,17 @@ class SegmentFalconAttention(modeling_falcon.FalconAttention):  # type: ignore[m
             )
         assert position_ids is not None
         assert position_embeddings is not None
-        query, key, value = (heads.transpose(1, 2) for heads in self._heads(self.query_key_value(hidden_states)))
-        query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key, value = self._turned_heads(self.query_key_value(hidden_states), *position_embeddings)
         out = attend(query, key, value, position_ids, self.head_dim**-0.5)
         return self.dense(out.flatten(2)), None
+
+    def _turned_heads(self, fused: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """[B, T, fused] -> [B, H, T, D] queries, [B, G, T, D] keys, both with their positions, and values."""
+        if self.multi_query and not self.new_decoder_architecture and cos.dtype == fused.dtype:
+            heads = shared_heads(fused.view(*fused.shape[:2], -1, self.head_dim), cos, sin)
+            return tuple(x.transpose(1, 2) for x in heads)
+        query, key, value = (heads.transpose(1, 2) for heads in self._heads(fused))
+        return *modeling_falcon.apply_rotary_pos_emb(query, key, cos, sin), value
 
     def _heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, fused] -> [B, T, H, D] queries, [B, T, G, D] keys and values."""

@@ -18,6 +18,7 @@ from falcon_dist.config import EngineConfig, ModelConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.attention import SEGMENTS
 from falcon_dist.engine.head import LossHead
+from falcon_dist.engine.linear import FastLayers, trained_layers
 from falcon_dist.loss import token_losses
 
 FAMILIES: Final = ("falcon", "llama")
@@ -32,6 +33,8 @@ class Choice:
     chunked_head: bool
     plain_attention: str
     """What it has in the plain form."""
+    fast_layers: bool = False
+    """Weight gradients as in linear.py."""
     reasons: tuple[str, ...] = ()
     """Why something is not the fast one, in a few words each."""
 
@@ -55,6 +58,7 @@ def choose(plan: PreTrainedConfig, model: ModelConfig, engine: EngineConfig) -> 
         attention=SEGMENTS if fast else plain,
         chunked_head=engine.head != "plain" and not refusals["engine.head"],
         plain_attention=plain,
+        fast_layers=engine.kind == "native" and plan.model_type in FAMILIES,
         reasons=tuple(why for key, why in refusals.items() if why and auto[key]),
     )
 
@@ -79,6 +83,7 @@ class TrainingForm:
     def __init__(self, model: PreTrainedModel, choice: Choice) -> None:
         self._model = model
         self._head: LossHead | None = None
+        self._layers: FastLayers | None = None
         self._active = False
         self.choice = choice
         self._set_attention(choice.plain_attention)
@@ -126,6 +131,8 @@ class TrainingForm:
         self._set_attention(self.choice.attention)
         if self.choice.chunked_head:
             self._head = LossHead(self._model.get_output_embeddings())
+        if self.choice.fast_layers:
+            self._layers = FastLayers(trained_layers(self._model, self._model.get_output_embeddings()))
         self._active = True
 
     def _take_off(self) -> None:
@@ -133,6 +140,9 @@ class TrainingForm:
         if self._head is not None:
             self._head.remove()
             self._head = None
+        if self._layers is not None:
+            self._layers.remove()
+            self._layers = None
         self._active = False
 
     def _set_attention(self, name: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from falcon_dist.engine.linear import weight_gradient
 from falcon_dist.rows import IGNORED
 
 CHUNK_BYTES: Final = 192 << 20
@@ -69,7 +70,7 @@ def _products(
             count = int((wanted != IGNORED).sum())
             of_hidden.index_copy_(0, places[:count], (logits @ weight)[:count])
         if of_weight is not None:
-            of_weight.add(logits.T @ taken)
+            of_weight.add(weight_gradient(logits, taken))
         if of_bias is not None:
             of_bias.add(logits.sum(0, dtype=torch.float32))
     return _Products(
