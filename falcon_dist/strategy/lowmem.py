@@ -77,6 +77,6 @@ class FullLowMemory(Replicated):
         """Clipping is done for each weight by itself, where its gradient is."""
         return {"max_grad_norm": 0.0, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
-    def check_wrapped(self, model: torch.nn.Module) -> None:
-        if isinstance(model, DistributedDataParallel):
+    def begin(self, wrapped: torch.nn.Module) -> None:
+        if isinstance(wrapped, DistributedDataParallel):
             raise RuntimeError("the trainer wrapped the model, whose gradients would be held whole")  # noqa: TRY004

@@ -22,6 +22,7 @@ from falcon_dist.engine.attention import register
 from falcon_dist.engine.form import Choice, choose
 from falcon_dist.engine.head import CHUNK_BYTES
 from falcon_dist.strategy.lora import trained_parameters
+from falcon_dist.strategy.zero import STAGES, check_zero, rank_bytes
 
 GIB: Final = 1 << 30
 PROGRAM_BYTES: Final = 900 << 20
@@ -29,7 +30,7 @@ PROGRAM_BYTES: Final = 900 << 20
 SPARE: Final = 0.03
 """Share of a host that the system itself keeps."""
 _WEIGHT_BYTES: dict[Precision, int] = {"bf16": 2, "bf16-autocast": 4, "fp32": 4}
-NEAREST: Final[tuple[StrategyName, ...]] = ("ddp", "full-lowmem", "lora")
+NEAREST: Final[tuple[StrategyName, ...]] = ("ddp", "zero1", "zero2", "zero3", "full-lowmem", "lora")
 """From the one that changes training least to the one that needs least."""
 
 
@@ -102,11 +103,28 @@ def predict(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> Ran
         copied = _copied(config, weights, state, world_size)
         gradients = _two_largest(params)
         return RankMemory(weights=weights, gradients=gradients, optimizer=state, snapshot=copied, **common)
+    if config.strategy in STAGES:
+        return _divided(config, params, world_size, common["activations"], working)
     optimizer = sum(param.numel() for param in params) * (12 if each == 2 else 8)
     common["working"] = max(working, 4 * max(param.numel() for param in params))
     gradients = weights * (2 if world_size > 1 else 1)
     copied = _copied(config, weights, optimizer, world_size)
     return RankMemory(weights=weights, gradients=gradients, optimizer=optimizer, snapshot=copied, **common)
+
+
+def _divided(config: TrainConfig, params: list[Tensor], world_size: int, activations: int, working: int) -> RankMemory:
+    sizes = [param.numel() for param in params]
+    parts = rank_bytes(
+        STAGES[config.strategy],
+        parameters=sum(sizes),
+        largest=max(sizes),
+        each=_WEIGHT_BYTES[config.precision],
+        world_size=world_size,
+        evaluates=bool(config.data.eval_share or config.data.eval_name or config.evaluate.prompts),
+    )
+    # What forward keeps is gone when the optimizer works.
+    parts["working"] = max(working, parts["working"] - activations)
+    return RankMemory(activations=activations, **parts)
 
 
 def _copied(config: TrainConfig, trained: int, optimizer: int, world_size: int) -> int:
@@ -183,7 +201,10 @@ def fitting(config: TrainConfig, plan: PreTrainedConfig, world_size: int, ranks:
     """The nearest other strategy that fits ``ranks`` into ``host`` bytes, or None."""
     for name in NEAREST:
         try:
-            other = predict(dataclasses.replace(config, strategy=name), plan, world_size)
+            asked = dataclasses.replace(config, strategy=name)
+            if name in STAGES:
+                check_zero(asked)
+            other = predict(asked, plan, world_size)
         except UserError:
             continue
         if name != config.strategy and other.on_host(ranks) <= usable(host):

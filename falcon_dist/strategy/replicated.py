@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class Replicated:
     """strategy="ddp": every rank holds all weights and the whole optimizer; gradients are averaged by DDP.
 
     The other strategies change what differs. Called in this order: check, ready, make_optimizer, then load where
-    a run is resumed, settings, check_wrapped, and save as often as is due.
+    a run is resumed, settings, begin, and save and whole as often as is due.
     """
 
     name: StrategyName = "ddp"
@@ -57,12 +58,20 @@ class Replicated:
         """Fields of SFTConfig that are not as plain data parallelism has them."""
         return {}
 
-    def check_wrapped(self, model: torch.nn.Module) -> None:
-        """Raises RuntimeError where the trainer did not wrap the model for the world that was launched."""
-        if self.world.world_size > 1 and not isinstance(model, DistributedDataParallel):
+    def begin(self, wrapped: torch.nn.Module) -> None:
+        """The trainer has wrapped the model and is about to take the first step.
+
+        Raises:
+            RuntimeError: it is not wrapped as the world that was launched needs it.
+        """
+        if self.world.world_size > 1 and not isinstance(wrapped, DistributedDataParallel):
             raise RuntimeError(
-                f"the trainer was to wrap the model in DistributedDataParallel, not {type(model).__name__}"
+                f"the trainer was to wrap the model in DistributedDataParallel, not {type(wrapped).__name__}"
             )
+
+    def whole(self) -> AbstractContextManager[None]:
+        """In the block the model itself, without what wraps it, has all its weights on every rank."""
+        return nullcontext()
 
     def kept(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: NamedOptimizer
@@ -102,6 +111,7 @@ class Replicated:
         """Takes what ``save`` wrote, bit for bit.
 
         Raises:
+            DamagedError: bytes are not what was written.
             UserError: the state is not there.
         """
         kept = self.kept(model, tokenizer, optimizer)
