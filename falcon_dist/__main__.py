@@ -90,8 +90,10 @@ def _quiet() -> None:
 
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    for name in ("torch.distributed", "torch.utils._pytree", "torchao"):
+    for name in ("torch.distributed", "torch.utils._pytree", "torchao", "accelerate.accelerator"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed, which transformers imports where it is installed, sets its logger's level itself.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _leave(code: int) -> NoReturn:

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import torch
 
-from falcon_dist import checkpoint, train_state
+from falcon_dist import checkpoint, tensor_file, train_state
 from falcon_dist.layout import Shard
 from falcon_dist.team import SaveError, Team
 from falcon_dist.tensor_file import Told
@@ -36,6 +36,8 @@ class Job:
 
     root: Path
     step: int
+    total_bytes: int
+    """Of the tensors of all ranks."""
     shards: tuple[Shard, ...]
     """This rank's."""
     tensors: Mapping[str, torch.Tensor]
@@ -69,6 +71,7 @@ def _lead(job: Job, team: Team) -> None:
     folder = checkpoint.partial_of(final, "shared")
     try:
         folder.mkdir(parents=True)
+        checkpoint.check_room(folder, job.total_bytes)
         team.tell(str(job.step), "folder", folder.name)
         told: dict[str, Told] = {}
         # All parts are waited for, also after a fault: nobody may write any more when the folder is removed.
@@ -123,7 +126,7 @@ class Copies:
     def take(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The tensors as they are now."""
         if {name: t.shape for name, t in self._copies.items()} != {name: t.shape for name, t in tensors.items()}:
-            self._copies = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+            self._copies = {name: tensor_file.empty(t.shape, t.dtype) for name, t in tensors.items()}
         if tensors:
             torch._foreach_copy_(list(self._copies.values()), [tensor.detach() for tensor in tensors.values()])
         return self._copies

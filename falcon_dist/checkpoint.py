@@ -1,8 +1,8 @@
 """Checkpoints: their folder, the atomic commit, verification, and which one to resume from.
 
 A checkpoint ``step-000500/`` is what plain transformers loads, and ``train_state/`` beside it, all listed with
-size and sha256 in ``manifest.json``. It is made in a temporary folder, synced to disk and renamed: a folder
-of the final name is complete. Only safetensors and JSON, never pickle.
+size and sha256 in ``manifest.json``, which ends with a sha256 of its own. It is made in a temporary folder, synced to
+disk and renamed: a folder of the final name is complete. Only safetensors and JSON, never pickle.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from falcon_dist.tensor_file import Told
 
 MANIFEST: Final = "manifest.json"
 TRAIN_STATE: Final = "train_state"
+TENSORS: Final = ".safetensors"
 _PARTIAL: Final = ".partial-"
+
+
+class DamagedError(Exception):
+    """A checkpoint is not as it was written; says in a few words what of it."""
 
 
 def folder_name(step: int) -> str:
@@ -95,19 +100,31 @@ def commit(partial: Path, final: Path, facts: Mapping[str, Any], told: Mapping[s
 
 def _write_manifest(folder: Path, facts: Mapping[str, Any], told: Mapping[str, Told]) -> None:
     names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-    files = {name: (told[name] if name in told else _told(folder / name))._asdict() for name in names}
+    files = {name: (told[name] if name in told else _synchronised(folder / name))._asdict() for name in names}
     if missing := set(told) - set(files):
         raise FileNotFoundError(errno.ENOENT, f"{min(missing)} has gone", str(folder))
     for sub in {folder, *(f for f in folder.rglob("*") if f.is_dir())}:
         _sync(sub)
     path = folder / MANIFEST
-    path.write_text(json.dumps({"facts": facts, "files": files}, indent=1, sort_keys=True) + "\n")
+    path.write_text(manifest_text(facts, files))
     _sync(path)
     _sync(folder)
 
 
-def _told(path: Path) -> Told:
+def manifest_text(facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a checkpoint tells of its run and of every file, under a sha256 of that; Pure."""
+    told = json.loads(json.dumps({"facts": facts, "files": files}))
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**told, "sha256": digest}, indent=1, sort_keys=True) + "\n"
+
+
+def _synchronised(path: Path) -> Told:
     _sync(path)
+    return told_of(path)
+
+
+def told_of(path: Path) -> Told:
+    """A file as it is."""
     return Told(path.stat().st_size, file_sha256(path))
 
 
@@ -125,29 +142,55 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fault_of(path: Path) -> str | None:
-    """Why this checkpoint cannot be trusted, in a few words, or None where every byte is as it was written."""
+def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, Told]]:
+    """What a checkpoint tells of its run, and of each of its files.
+
+    Raises:
+        DamagedError: its manifest is not what was written.
+    """
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        files = manifest["files"]
-        if not isinstance(manifest["facts"]["step"], int):
-            return f"{MANIFEST} is damaged"
-    except OSError:
-        return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is damaged"
-    return next((fault for name, told in files.items() if (fault := _file_fault(path, name, told))), None)
+        text = (path / MANIFEST).read_bytes()
+        manifest = json.loads(text)
+        facts, files = manifest["facts"], manifest["files"]
+        if text != manifest_text(facts, files).encode() or not isinstance(facts["step"], int):
+            raise DamagedError(f"{MANIFEST} is damaged")
+        return facts, {name: Told(**told) for name, told in files.items()}
+    except OSError as error:
+        raise DamagedError(f"{MANIFEST} is missing") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{MANIFEST} is damaged") from error
 
 
-def _file_fault(folder: Path, name: str, told: Mapping[str, Any]) -> str | None:
+def fault_of(path: Path, *, tensors: bool = True) -> str | None:
+    """Why this checkpoint cannot be trusted, in a few words, or None where every byte is as it was written.
+
+    Args:
+        path: its folder.
+        tensors: hash the files of tensors too. Who reads them next does that on the way, see train_state.load.
+    """
+    try:
+        files = read_manifest(path)[1]
+    except DamagedError as error:
+        return str(error)
+    faults = (file_fault(path, name, told, tensors or not name.endswith(TENSORS)) for name, told in files.items())
+    return next(filter(None, faults), None)
+
+
+def file_fault(folder: Path, name: str, told: Told, hashed: bool = True) -> str | None:
+    """Why a file of a checkpoint is not what was written, by its size and, where asked for, its sha256."""
     file = folder / name
     if not file.is_file():
         return f"{name} is missing"
-    if file.stat().st_size != told["bytes"]:
-        return f"{name} has {file.stat().st_size} bytes, not {told['bytes']}"
-    if file_sha256(file) != told["sha256"]:
-        return f"{name} is not what was written (sha256 differs)"
+    if file.stat().st_size != told.bytes:
+        return f"{name} has {file.stat().st_size} bytes, not {told.bytes}"
+    if hashed and file_sha256(file) != told.sha256:
+        return other_bytes(name)
     return None
+
+
+def other_bytes(name: str) -> str:
+    """What is said of a file whose size is right."""
+    return f"{name} is not what was written (sha256 differs)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +201,20 @@ class Choice:
     refused: tuple[tuple[Path, str], ...]
 
 
-def newest_verified(root: Path) -> Choice:
-    """The newest checkpoint whose every byte verifies; newer ones that do not are told."""
+def newest_verified(root: Path, *, below: int | None = None, tensors: bool = True) -> Choice:
+    """The newest checkpoint that verifies; newer ones that do not are told.
+
+    Args:
+        root: folder of checkpoints.
+        below: only those of earlier steps.
+        tensors: as in ``fault_of``.
+    """
     refused: list[tuple[Path, str]] = []
     for path in sorted(root.glob("step-*"), reverse=True):
-        if not path.name.removeprefix("step-").isdecimal():
+        step = path.name.removeprefix("step-")
+        if not step.isdecimal() or (below is not None and int(step) >= below):
             continue
-        fault = fault_of(path)
+        fault = fault_of(path, tensors=tensors)
         if fault is None:
             return Choice(read(path), tuple(refused))
         refused.append((path, fault))
@@ -172,8 +222,12 @@ def newest_verified(root: Path) -> Choice:
 
 
 def read(path: Path) -> Checkpoint:
-    """A committed checkpoint by its folder; its bytes are not verified here."""
-    facts = json.loads((path / MANIFEST).read_bytes())["facts"]
+    """A committed checkpoint by its folder; its files' bytes are not verified here.
+
+    Raises:
+        DamagedError: its manifest is not what was written.
+    """
+    facts = read_manifest(path)[0]
     return Checkpoint(path, facts["step"], facts)
 
 
@@ -183,7 +237,17 @@ def clear_partial(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes an unprivileged process may still write where ``folder`` is."""
+def check_room(folder: Path, needed: int) -> None:
+    """Looks before anything is written whether so many bytes can be.
+
+    Raises:
+        OSError: they cannot; tells how many there are.
+    """
     stats = os.statvfs(folder)
-    return stats.f_bavail * stats.f_frsize
+    free = stats.f_bavail * stats.f_frsize
+    if stats.f_blocks and free < needed:  # a file system that does not tell its size has 0 blocks
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {_size(needed)} needed, {_size(free)} free")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.1f} MB"

@@ -24,7 +24,7 @@ Loss = Literal["all", "answers"]
 OnBad = Literal["stop", "skip"]
 TextBy = Literal["line", "paragraph", "document"]
 MixUntil = Literal["first", "all"]
-StrategyName = Literal["ddp", "lora", "full-lowmem"]
+StrategyName = Literal["ddp", "lora", "full-lowmem", "zero1", "zero2", "zero3"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,11 +179,13 @@ class CheckpointConfig:
 
     every: int = 500
     """Steps between checkpoints; 0: only the last step's."""
+    failure_hours: float = 24.0
+    """Hours in which one failure of the run is expected: what the advice on ``every`` reckons with."""
     max_shard_size: str = "2GB"
     """Largest weights file, as transformers writes it ("200MB", "2GB")."""
     background: Switch = "auto"
     """Write while training goes on, from a copy in memory that the ranks share out; off: all wait for the disk;
-    auto: on where the copy takes no more than half of the memory that is left, but for strategy full-lowmem."""
+    auto: on where the copy takes no more than half of the memory that is left, with strategies ddp and lora."""
     optimizer: bool = True
     """Keep the optimizer's state, so that the run can be resumed."""
     keep_last: int | None = None
@@ -242,7 +244,8 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     strategy: StrategyName = "ddp"
     """What is trained and how ranks hold its state; docs/memory.md compares them. ddp: all weights, everything on every
-    rank; lora: adapters only; full-lowmem: all weights, each stepped as soon as its gradient is there."""
+    rank; lora: adapters only; full-lowmem: all weights, each stepped as soon as its gradient is there; zero1, zero2,
+    zero3: all weights, the optimizer's state, then gradients, then weights too divided over the ranks by DeepSpeed."""
     precision: Precision = "bf16"
     """bf16: bf16 weights and compute, exact fp32 master state; bf16-autocast: fp32 weights, bf16 compute; fp32."""
     seed: int = 0

@@ -129,6 +129,7 @@ def reply(
         attention_mask=inputs["attention_mask"],
         pad_token_id=tokenizer.pad_token_id,
         streamer=_Streamer(tokenizer, Held(stop, emit)) if emit else None,
+        synced_gpus=False,  # left out, a rank that answers alone waits for the others under ZeRO-3
         **({"stop_strings": [stop], "tokenizer": tokenizer} if stop else {}),
         **sampling.settings(),
     )

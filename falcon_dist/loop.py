@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from falcon_dist.config import OptimConfig, TrainConfig
+from falcon_dist.config import TrainConfig
 from falcon_dist.engine.adamw import MasterAdamW
 from falcon_dist.engine.form import TrainingForm
 from falcon_dist.engine.peak import Gauge
@@ -26,9 +26,11 @@ from falcon_dist.monitor import Verdict
 from falcon_dist.order import Schedule
 from falcon_dist.pace import Pace
 from falcon_dist.rows import Part
-from falcon_dist.soundness import Soundness, gradient_norm
+from falcon_dist.soundness import Soundness, gradient_norm, norm_of
 from falcon_dist.step_clock import StepClock, watch_buckets
 from falcon_dist.world import World
+
+Optimizers = tuple[Optimizer, LambdaLR]
 
 
 class PackedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -37,13 +39,26 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
     Every part of a step is timed, and numbers that are not finite go no further.
     """
 
-    def __init__(self, *, form: TrainingForm, clock: StepClock, soundness: Soundness, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self, *, form: TrainingForm, clock: StepClock, soundness: Soundness, optimizers: Optimizers, **kwargs: Any
+    ) -> None:
+        super().__init__(optimizers=optimizers, **kwargs)
+        self._given = optimizers
         self.form = form
         self._clock = clock
         self._soundness = soundness
         self._watched = False
         self._micro_batches: list[tuple[dict[str, torch.Tensor], torch.Tensor, float]] = []
+
+    def create_optimizer(self, *args: Any) -> Optimizer:
+        """The one that was given, which the Trainer forgets when it hands over to DeepSpeed."""
+        self.optimizer = optimizer = self._given[0]
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> LambdaLR:
+        """Likewise."""
+        self.lr_scheduler = scheduler = self._given[1]
+        return scheduler
 
     def get_batch_samples(self, *args: Any) -> Any:
         """Rows come from the collator, timed by itself; then ranks tell each other how many labels they have."""
@@ -91,10 +106,13 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _replay(self) -> bool:
         """This step's gradients again, of this rank alone: are they finite?"""
-        self.model.zero_grad()
+        trained = [param for param in self.model.parameters() if param.requires_grad]
         for inputs, labels, factor in self._micro_batches:
-            self.form.loss(self.model, inputs, labels, factor).backward()  # type: ignore[no-untyped-call]
-        return math.isfinite(float(gradient_norm(list(self.model.parameters()))))
+            # Not by backward, which would have them summed over ranks again.
+            grads = torch.autograd.grad(self.form.loss(self.model, inputs, labels, factor), trained, allow_unused=True)
+            if not math.isfinite(float(norm_of([grad for grad in grads if grad is not None]))):
+                return False
+        return True
 
 
 class RowCollator:
@@ -123,27 +141,6 @@ def row_stream(schedule: Schedule, start: int) -> Dataset:
     """The numbers of all rows from step ``start`` on, in training order: what SFTTrainer walks through."""
     steps = range(start, schedule.total_steps)
     return Dataset.from_dict({"row": [row for step in steps for row in schedule.rows_of_step(step)]})
-
-
-def learning_rate_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
-    """Step (from 0) -> share of the peak learning rate: linear warm-up, then the schedule down to 0 at the end."""
-    warmup = max(config.warmup_steps, math.ceil(config.warmup_share * total_steps))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        done = (step - warmup) / max(1, total_steps - warmup)
-        if config.schedule == "linear":
-            return max(0.0, 1.0 - done)
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))) if config.schedule == "cosine" else 1.0
-
-    return factor
-
-
-def make_scheduler(optimizer: Optimizer, config: OptimConfig, schedule: Schedule, start: int) -> LambdaLR:
-    """The schedule as seen from step ``start``: it depends on the step alone, so nothing of it must be kept."""
-    factor = learning_rate_factor(config, schedule.total_steps)
-    return LambdaLR(optimizer, lambda step: factor(start + step))
 
 
 def trainer_settings(
@@ -198,6 +195,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         soundness: Soundness,
         reporter: Reporter,
         pace: Pace,
+        begin: Callable[[], None],
         finished: Callable[[int], None],
         save: Callable[[int], None],
         evaluate: Callable[[int], Verdict],
@@ -213,6 +211,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self._soundness = soundness
         self._reporter = reporter
         self._pace = pace
+        self._begin = begin
         self._finished = finished
         self._save = save
         self._evaluate = evaluate
@@ -228,6 +227,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The first step begins here, the others when all that follows a step is done."""
+        self._begin()
         self._began = self._step_began = time.perf_counter()
 
     def on_pre_optimizer_step(

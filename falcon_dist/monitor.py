@@ -114,10 +114,14 @@ class Monitor:
         self.last: tuple[int, dict[str, Any]] | None = None
         """The newest evaluation: its step and figures."""
 
-    def after_step(self, step: int) -> Verdict:
-        """Evaluates where it is due: every so many steps, and at the last one."""
+    def is_due(self, step: int) -> bool:
+        """Every so many steps, and at the last one."""
         every = self._config.every
-        if not every or (step % every and step != self._total_steps):
+        return bool(every) and (step % every == 0 or step == self._total_steps)
+
+    def after_step(self, step: int) -> Verdict:
+        """Evaluates where it is due."""
+        if not self.is_due(step):
             return Verdict()
         figures = self._measure()
         self.last = (step, figures)

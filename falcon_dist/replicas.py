@@ -6,7 +6,6 @@ from then on, and what it sends spoils the others' gradients without a word; her
 
 from __future__ import annotations
 
-import json
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -69,14 +68,9 @@ def check_equal(tensors: Mapping[str, torch.Tensor], team: Team, world_size: int
 
 
 def _told(odd: list[int], name: str, team: Team, world_size: int, step: int) -> str:
-    hosts = _hosts(team, world_size)
+    hosts = team.everyone_says("replicas", socket.gethostname(), world_size)
     named = ", ".join(f"rank {rank} (host {hosts[rank]})" for rank in odd)
     what = f'replicas: after step {step} "{name}" is not the same on all ranks'
     if len(odd) == world_size:
         return f"{what}: {named} differ, and no majority tells which one is right; checkpoints before this are sound"
     return f"{what}: {named} differs from the others; its memory or processor has erred: leave that host out"
-
-
-def _hosts(team: Team, world_size: int) -> list[str]:
-    team.board.set(f"replicas/{team.rank}", json.dumps(socket.gethostname()))
-    return [json.loads(team.board.get(f"replicas/{rank}")) for rank in range(world_size)]

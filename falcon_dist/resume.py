@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,10 +17,18 @@ from falcon_dist.engine.named import NamedOptimizer
 from falcon_dist.process_group import agree_on
 from falcon_dist.run import Run, run_facts
 from falcon_dist.team import Team
+from falcon_dist.train_state import Kept
 
 
-def resume_point(run: Run, team: Team) -> checkpoint.Checkpoint | None:
+def resume_point(run: Run, team: Team, below: int | None = None) -> checkpoint.Checkpoint | None:
     """The newest checkpoint that verifies, chosen by rank 0 for all; None where none was ever made.
+
+    Of files of tensors only the size is looked at: ``restore`` hashes them as it reads them.
+
+    Args:
+        run: the run to go on with.
+        team: its ranks.
+        below: only checkpoints of earlier steps; the newer ones were refused.
 
     Raises:
         UserError: there are checkpoints but none verifies, or the newest was trained with something else.
@@ -25,28 +36,27 @@ def resume_point(run: Run, team: Team) -> checkpoint.Checkpoint | None:
     step = 0
     if run.world.is_main:
         checkpoint.clear_partial(run.checkpoints)
-        choice = checkpoint.newest_verified(run.checkpoints)
+        choice = checkpoint.newest_verified(run.checkpoints, below=below, tensors=False)
         for path, reason in choice.refused:
             run.reporter.line(f"refused {path}: {reason}")
         step = choice.newest.step if choice.newest else -len(choice.refused)
     step = agree_on(step)
-    if step < 0:
+    if step < 0 or (step == 0 and below is not None):
         raise UserError(f'--resume: no checkpoint in "{run.checkpoints}" can be trusted; start a new run')
     if step == 0:
         run.reporter.line("no checkpoint to resume from; starting at step 0")
         return None
     chosen = _told_by_rank_0(run, team, step)
     _check_same_run(run, chosen)
-    run.reporter.line(f"resuming from {chosen.path}")
     return chosen
 
 
 def _told_by_rank_0(run: Run, team: Team, step: int) -> checkpoint.Checkpoint:
     """The checkpoint as rank 0 reads it; other hosts may not have it."""
-    path = run.checkpoints / checkpoint.folder_name(step)
+    path, key = run.checkpoints / checkpoint.folder_name(step), f"resume/{step}/facts"
     if run.world.is_main:
-        team.board.set("resume/facts", json.dumps(dict(checkpoint.read(path).facts)))
-    return checkpoint.Checkpoint(path, step, json.loads(team.board.get("resume/facts")))
+        team.board.set(key, json.dumps(dict(checkpoint.read(path).facts)))
+    return checkpoint.Checkpoint(path, step, json.loads(team.board.get(key)))
 
 
 def restore(
@@ -57,20 +67,63 @@ def restore(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: NamedOptimizer,
-) -> None:
+) -> checkpoint.Checkpoint:
     """Gives model and optimizer the checkpoint's state on all ranks, also on those that do not see its folder.
 
+    Returns:
+        The checkpoint whose state that is: an older one where bytes of the chosen one are not what was written.
+
     Raises:
-        UserError: the state is not there, or is divided over ranks of which some do not see it.
+        UserError: the state is not there, or is divided over ranks of which some do not see it, or no checkpoint
+            can be trusted.
     """
     if len(team.writers) == run.world.world_size:
-        run.strategy.load(chosen.path, model, tokenizer, optimizer)
-        return
-    kept = run.strategy.kept(model, tokenizer, optimizer)
-    if kept is None:
-        raise UserError(f'--resume: "{run.checkpoints}" is not on all hosts; put the run into a folder that they share')
-    state, steps = train_state.load(chosen.path, kept) if team.leads else ({}, 0)
-    if team.leads:
+        chosen = _newest_that_reads(run, team, chosen, lambda p: run.strategy.load(p, model, tokenizer, optimizer))
+    else:
+        kept = run.strategy.kept(model, tokenizer, optimizer)
+        if kept is None:
+            raise UserError(
+                f'--resume: "{run.checkpoints}" is not on all hosts; put the run into a folder that they share'
+            )
+        read: dict[Path, tuple[dict[str, torch.Tensor], int]] = {}
+        leads = team.leads
+        chosen = _newest_that_reads(
+            run, team, chosen, lambda path: read.update({path: train_state.load(path, kept)}) if leads else None
+        )
+        state, steps = _handed_out(team, kept, read.get(chosen.path))
+        optimizer.load_named_state(train_state.parameter_names(model), state, steps)
+    run.reporter.line(f"resuming from {chosen.path}")
+    return chosen
+
+
+def _newest_that_reads(
+    run: Run, team: Team, chosen: checkpoint.Checkpoint, load: Callable[[Path], None]
+) -> checkpoint.Checkpoint:
+    """Loads on every rank the chosen checkpoint, or the newest older one whose every byte all ranks read as written."""
+    while fault := _fault_of_any(team, chosen.step, partial(load, chosen.path)):
+        run.reporter.line(f"refused {chosen.path}: {fault}")
+        older = resume_point(run, team, below=chosen.step)
+        assert older is not None
+        chosen = older
+    return chosen
+
+
+def _fault_of_any(team: Team, step: int, load: Callable[[], None]) -> str | None:
+    """What the first of the ranks that did not read what was written says of it."""
+    fault = ""
+    try:
+        load()
+    except checkpoint.DamagedError as error:
+        fault = str(error)
+    return next(filter(None, team.everyone_says(f"resume/{step}", fault, dist.get_world_size())), None)
+
+
+def _handed_out(
+    team: Team, kept: Kept, read: tuple[dict[str, torch.Tensor], int] | None
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Rank 0's weights and state, on all ranks."""
+    if read is not None:
+        state, steps = read
         spec = {name: [tensor_file.DTYPES[t.dtype], list(t.shape)] for name, t in state.items()}
         team.board.set("resume/state", json.dumps([steps, spec]))
     else:
@@ -78,7 +131,7 @@ def restore(
         state = {name: torch.empty(shape, dtype=tensor_file.KINDS[kind]) for name, (kind, shape) in spec.items()}
     for tensor in (*kept.weights.values(), *state.values()):
         dist.broadcast(tensor.detach().view(-1).view(torch.uint8), src=0)
-    optimizer.load_named_state(train_state.parameter_names(model), state, steps)
+    return state, steps
 
 
 def _check_same_run(run: Run, chosen: checkpoint.Checkpoint) -> None:

@@ -17,6 +17,7 @@ from falcon_dist.background import Copies, Job, Writer
 from falcon_dist.contract import UserError
 from falcon_dist.emergency import Updates
 from falcon_dist.engine.named import NamedOptimizer
+from falcon_dist.interval import Saved, advice
 from falcon_dist.keeping import settle
 from falcon_dist.layout import parse_size
 from falcon_dist.monitor import Monitor
@@ -25,6 +26,8 @@ from falcon_dist.team import Team
 from falcon_dist.train_state import Kept
 
 LAST_WAIT_S: Final = 60.0
+ADVISED_AT: Final = 3
+"""Saves after which it is told what they cost."""
 MOST_OF_ROOM: Final = 0.5
 """The part of the memory that is left which copies may take."""
 
@@ -40,7 +43,7 @@ class Saver:
     optimizer: NamedOptimizer
     monitor: Monitor
     updates: Updates
-    stalls_s: list[float] = field(default_factory=list)
+    saves: list[Saved] = field(default_factory=list)
     """How long training stood still for each save."""
 
     def __post_init__(self) -> None:
@@ -65,7 +68,9 @@ class Saver:
             else:
                 self._check_replicas(step, kept)
                 self._begin(step, kept)
-            self.stalls_s.append(time.monotonic() - began)
+            self.saves.append(Saved(step=step, began_s=began, ended_s=time.monotonic()))
+        if len(self.saves) == ADVISED_AT and (line := advice(self.saves, self.run.config.checkpoint.failure_hours)):
+            self.run.reporter.line(line)
 
     def check_replicas(self, step: int) -> None:
         """Compares all ranks' state where it is due.
@@ -134,6 +139,7 @@ class Saver:
         job = Job(
             root=self.run.checkpoints,
             step=step,
+            total_bytes=sum(tensor.nbytes for tensor in live.values()),
             shards=mine,
             tensors=self._copies.take(tensors) if self._in_background else tensors,
             write_rest=partial(train_state.write_rest, kept=kept, shards=shards),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,9 @@ import torch.distributed as dist
 from falcon_dist.contract import UnsoundError
 from falcon_dist.order import Schedule
 from falcon_dist.world import World
+
+PIECE: Final = 1 << 18
+"""Elements of a gradient whose fp32 copy stays in the cache."""
 
 
 class Soundness:
@@ -52,5 +56,12 @@ class Soundness:
 
 def gradient_norm(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """Euclidean norm of all gradients: an fp32 scalar, never rounded to the gradients' dtype in between."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    return norm_of([param.grad for param in parameters if param.grad is not None])
+
+
+def norm_of(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The same of gradients that are at hand."""
+    flat = [gradient.reshape(-1) for gradient in gradients]
+    pieces = [piece for gradient in flat for piece in gradient.split(PIECE)]  # type: ignore[no-untyped-call]
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

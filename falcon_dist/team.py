@@ -63,6 +63,14 @@ class Team:
             raise SaveError(value["fault"])
         return value
 
+    def everyone_says(self, about: str, mine: str, world_size: int) -> list[str]:
+        """What each rank says about something, in rank order, however long it takes; to be called by all ranks."""
+        self.board.set(f"{about}/{self.rank}", json.dumps(mine))
+        keys = [f"{about}/{rank}" for rank in range(world_size)]
+        while not self.board.check(keys):
+            time.sleep(POLL_S)
+        return [json.loads(self.board.get(key)) for key in keys]
+
     @staticmethod
     def _check_done(text: bytes) -> None:
         fault = json.loads(text).get("fault")

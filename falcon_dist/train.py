@@ -22,15 +22,16 @@ from falcon_dist.contract import RankResult
 from falcon_dist.emergency import Emergency, Updates
 from falcon_dist.engine import peak
 from falcon_dist.engine.form import TrainingForm, choose
+from falcon_dist.engine.named import NamedOptimizer
 from falcon_dist.engine.native import load_config, load_model, load_tokenizer, stay_in_place
 from falcon_dist.host_memory import total_bytes
 from falcon_dist.identity import identity_of
 from falcon_dist.keeping import check_keeping
+from falcon_dist.learning_rate import make_scheduler
 from falcon_dist.loop import (
     PackedTrainer,
     RowCollator,
     StepCallback,
-    make_scheduler,
     row_stream,
     trainer_settings,
 )
@@ -136,8 +137,12 @@ def _train_in_group(run: Run, team: Team, seen: affinity.Observed, *, resume: bo
         changes = _optimized(run, model)
         chosen = resume_point(run, team) if resume else None
     before = measure_base(run, model, tokenizer)
+    optimizer = run.strategy.make_optimizer(model)
+    if chosen:
+        with run.reporter.phase("load"):
+            chosen = restore(run, team, chosen, model=model, tokenizer=tokenizer, optimizer=optimizer)
     monitor = make_monitor(run, model, tokenizer, chosen)
-    last_step = _fit(run, model, tokenizer, team=team, chosen=chosen, monitor=monitor)
+    last_step = _fit(run, model, tokenizer, optimizer, team=team, start=chosen.step if chosen else 0, monitor=monitor)
     saved = run.checkpoints / checkpoint.folder_name(last_step)
     result = RankResult(
         status="ok",
@@ -151,7 +156,8 @@ def _train_in_group(run: Run, team: Team, seen: affinity.Observed, *, resume: bo
         run.reporter.summary([f"made way after step {last_step}: go on with --resume {run.folder.name}"])
         return Trained(dataclasses.replace(result, status="stopped"), model)
     known = monitor.last is not None and monitor.last[0] == last_step
-    after = monitor.last[1] if known and monitor.last else measure(run, model, tokenizer, "evaluate tuned")
+    with run.strategy.whole():
+        after = monitor.last[1] if known and monitor.last else measure(run, model, tokenizer, "evaluate tuned")
     lines = closing_lines(before, after, saved)
     run.reporter.summary(lines)
     figures = {"phases_s": run.reporter.phases, "base": before, "tuned": after, "engine": changes}
@@ -175,17 +181,13 @@ def _fit(
     run: Run,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    optimizer: NamedOptimizer,
     *,
     team: Team,
-    chosen: checkpoint.Checkpoint | None,
+    start: int,
     monitor: Monitor,
 ) -> int:
-    """Trains from the chosen checkpoint, or from the start, to the last step, whose number it returns."""
-    start = chosen.step if chosen else 0
-    optimizer = run.strategy.make_optimizer(model)
-    if chosen:
-        with run.reporter.phase("load"):
-            restore(run, team, chosen, model=model, tokenizer=tokenizer, optimizer=optimizer)
+    """Trains from step ``start`` to the last step, whose number it returns."""
     if start >= run.schedule.total_steps or monitor.stopped:
         run.reporter.line(f"all {start} steps are done already")
         return start
@@ -231,9 +233,10 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
         soundness=soundness,
         reporter=run.reporter,
         pace=pace,
+        begin=lambda: run.strategy.begin(trainer.model_wrapped),
         finished=finished,
         save=saver.save,
-        evaluate=lambda step: _evaluate(monitor, trainer, step),
+        evaluate=lambda step: _evaluate(run, monitor, trainer, step),
         asked_to_stop=stopper.after_step,
     )
     trainer = PackedTrainer(
@@ -260,7 +263,6 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
             saver.finish_if_possible()
         raise
     saver.finish()
-    run.strategy.check_wrapped(trainer.model_wrapped)
     if callback.last_step != run.schedule.total_steps and not (monitor.stopped or stopper.agreed):
         raise RuntimeError(f"trained to step {callback.last_step} of {run.schedule.total_steps}")
     if monitor.stopped:
@@ -269,8 +271,10 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
     return callback.last_step
 
 
-def _evaluate(monitor: Monitor, trainer: PackedTrainer, step: int) -> Verdict:
-    with trainer.form.plain():
+def _evaluate(run: Run, monitor: Monitor, trainer: PackedTrainer, step: int) -> Verdict:
+    if not monitor.is_due(step):
+        return Verdict()
+    with trainer.form.plain(), run.strategy.whole():
         verdict = monitor.after_step(step)
     if monitor.last and monitor.last[0] == step:
         trainer.log(evaluation_logs(monitor.last[1]))

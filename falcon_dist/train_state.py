@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from falcon_dist import layout, tensor_file
-from falcon_dist.checkpoint import TRAIN_STATE
+from falcon_dist import checkpoint, layout, tensor_file
+from falcon_dist.checkpoint import TENSORS, TRAIN_STATE, DamagedError, told_of
 from falcon_dist.contract import UserError
 from falcon_dist.layout import Shard
 from falcon_dist.tensor_file import Told
 
+T = TypeVar("T")
 COUNTERS: Final = f"{TRAIN_STATE}/counters.json"
 OPTIMIZER: Final = f"{TRAIN_STATE}/optimizer"
 INDEX: Final = "model.safetensors.index.json"
@@ -77,14 +77,20 @@ def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
     tokenizer.save_pretrained(folder)
 
 
-def write_shards(folder: Path, shards: Iterable[Shard], tensors: Mapping[str, torch.Tensor]) -> dict[str, Told]:
-    """Writes these files; what each one is."""
+def write_shards(
+    folder: Path,
+    shards: Iterable[Shard],
+    tensors: Mapping[str, torch.Tensor],
+    value_of: Callable[[str], torch.Tensor] | None = None,
+) -> dict[str, Told]:
+    """Writes these files; what each one is. ``value_of`` gives the values where ``tensors`` are on the meta device."""
     told = {}
     for shard in shards:
         path = folder / shard.name
         path.parent.mkdir(exist_ok=True)
         names = {name.removeprefix(f"{TRAIN_STATE}/"): tensors[name] for name in shard.tensors}
-        told[shard.name] = tensor_file.write(path, names)
+        values = (map(value_of, shard.tensors),) if value_of else ()
+        told[shard.name] = tensor_file.write(path, names, *values)
     return told
 
 
@@ -106,42 +112,66 @@ def write_rest(folder: Path, kept: Kept, shards: Sequence[Shard]) -> None:
 def load(folder: Path, kept: Kept) -> tuple[dict[str, torch.Tensor], int]:
     """Fills the kept weights from a checkpoint; the optimizer's state, in tensors of its own, and its steps.
 
+    What is read is hashed on the way and compared with the manifest, so that nothing has to be read twice.
+
     Raises:
+        DamagedError: a file is not what was written; the weights may be half filled.
         UserError: the checkpoint was saved without the optimizer; a fresh one would train something else. Or a
             file of it is not what its name says.
     """
-    if not (folder / COUNTERS).is_file():
-        raise UserError(f'--resume: "{folder}" has no optimizer state; it was saved with checkpoint.optimizer=false')
-    _fill(folder, kept)
+    steps = optimizer_steps(folder)
+    fill(folder, kept)
     state: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob(f"{OPTIMIZER}*.safetensors")):
-        with _named(file):
-            state |= tensor_file.read(file)[0]
-    with _named(folder / COUNTERS):
-        return state, json.loads((folder / COUNTERS).read_bytes())["optimizer_steps"]
+    for part in optimizer_parts(folder):
+        state |= part
+    return state, steps
 
 
-@contextlib.contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """Says which file could not be read."""
+def optimizer_steps(folder: Path) -> int:
+    """Updates that the optimizer had done; raises as ``load`` does."""
+    _, files = checkpoint.read_manifest(folder)
+    if COUNTERS not in files:
+        raise UserError(f'--resume: "{folder}" has no optimizer state; it was saved with checkpoint.optimizer=false')
+    counters = _read(folder, COUNTERS, files[COUNTERS], lambda path: (json.loads(path.read_bytes()), told_of(path)))
+    return int(counters["optimizer_steps"])
+
+
+def optimizer_parts(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The optimizer's state, a file at a time; raises as ``load`` does."""
+    _, files = checkpoint.read_manifest(folder)
+    for name in sorted(name for name in files if name.startswith(OPTIMIZER)):
+        yield _read(folder, name, files[name], tensor_file.read)
+
+
+def _read(folder: Path, name: str, told: Told, read: Callable[[Path], tuple[T, Told]]) -> T:
+    """What ``read`` makes of a file, whose bytes have to be those that were written."""
     try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'--resume: "{file}" cannot be used: {error}') from error
+        content, found = read(folder / name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        if fault := checkpoint.file_fault(folder, name, told):
+            raise DamagedError(fault) from error
+        raise UserError(f'--resume: "{folder / name}" cannot be used: {error}') from error
+    if found != told:
+        raise DamagedError(checkpoint.other_bytes(name))
+    return content
 
 
 @torch.no_grad()
-def _fill(folder: Path, kept: Kept) -> None:
+def fill(folder: Path, kept: Kept) -> None:
+    """Gives the kept weights a checkpoint's values; raises as ``load`` does."""
+    _, files = checkpoint.read_manifest(folder)
     missing = dict(kept.weights)
-    for file in sorted(folder.glob(f"{kept.stem}*.safetensors")):
-        with _named(file):
-            names = tensor_file.names_in(file)
+
+    def take(path: Path) -> tuple[None, Told]:
+        names = tensor_file.names_in(path)
         if odd := sorted(set(names) - set(missing)):
-            raise RuntimeError(f'{file}: weights do not fit the model: unexpected "{odd[0]}"')
-        with _named(file):
-            tensor_file.read_into(file, {name: missing.pop(name) for name in names})
+            raise ValueError(f'weights do not fit the model: unexpected "{odd[0]}"')
+        return None, tensor_file.read_into(path, {name: missing.pop(name) for name in names})
+
+    for name in sorted(name for name in files if name.startswith(kept.stem) and name.endswith(TENSORS)):
+        _read(folder, name, files[name], take)
     if missing:
-        raise RuntimeError(f'{folder}: weights do not fit the model: no "{min(missing)}"')
+        raise UserError(f'--resume: "{folder}": weights do not fit the model: no "{min(missing)}"')
 
 
 def parameter_names(model: PreTrainedModel) -> dict[torch.Tensor, str]:

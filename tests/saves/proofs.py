@@ -1,0 +1,209 @@
+"""Kills within saves, runs that are killed and resumed, flipped bits: each any number of times, with a ledger."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from launching import weights_digest, write_inputs
+
+from falcon_dist import checkpoint, tensor_file, train_state
+from falcon_dist.contract import EMERGENCY_SIGNAL
+from falcon_dist.settings import load
+from saves.crew import Crew, crew, run_once
+from saves.ledger import Ledger
+
+SAVING_S = 0.5
+"""Kills come within this after ranks began to save, in which they save several times."""
+WEIGHTS = ("model", "train_state/optimizer")
+STEPS, EVERY = 12, 2
+
+
+def seeded() -> tuple[int, random.Random]:
+    """The chances of a series; SAVES_SEED repeats one."""
+    seed = int(os.environ.get("SAVES_SEED", random.randrange(1 << 30)))
+    return seed, random.Random(seed)
+
+
+def kill_savers(folder: Path, count: int) -> Ledger:
+    """Ranks that save one checkpoint after the other, killed so many times; the next ones go on from what is left.
+
+    Ranks that go on read the newest checkpoint and look whether every tensor in it is of the one step it says.
+    """
+    seed, chance = seeded()
+    ledger = Ledger("killed while checkpoints were written in the background")
+    root, committed = folder / "run" / "checkpoints", 0
+    for number in range(count):
+        world_size = chance.choice([1, 2, 2, 3])
+        place = folder / f"crew-{number}"
+        with crew("keep_saving", world_size, place, folder / "run", chance.randrange(1 << 30)) as ranks:
+            ranks.wait(lambda ranks=ranks: "train" in ranks.told("phase", "name"), "its first step")
+            time.sleep(chance.uniform(0, SAVING_S))
+            who = kill_some(ranks, chance)
+        told = max([committed, *ranks.told("checkpoint", "step")])
+        choice = checkpoint.newest_verified(root)
+        assert choice.refused == (), f"seed {seed}, kill {number}"
+        committed = choice.newest.step if choice.newest else 0
+        assert committed >= told, f"seed {seed}, kill {number}: step {told} was told as committed, {committed} is there"
+        ledger.count(who, phase_of_save(root, ranks, committed > told))
+        shutil.rmtree(place)
+    ledger.fact("checkpoints committed in between", committed)
+    ledger.fact("SAVES_SEED", seed)
+    return ledger
+
+
+def kill_some(ranks: Crew, chance: random.Random) -> str:
+    """Kills all ranks at once, or any one and, as a launcher would, the others a moment later; who was first."""
+    if len(ranks.ranks) == 1 or chance.random() < 0.5:
+        ranks.kill()
+        return "all ranks" if len(ranks.ranks) > 1 else "the only rank"
+    first = chance.randrange(len(ranks.ranks))
+    ranks.kill(first)
+    time.sleep(chance.uniform(0, 0.1))
+    ranks.kill()
+    return "rank 0 first" if first == 0 else "another rank first"
+
+
+def phase_of_save(root: Path, ranks: Crew, committed_untold: bool) -> str:
+    """Where the kill met the save, by what is left of it."""
+    left = list(root.glob("*.partial-*"))
+    if any(".partial-rotated-" in path.name for path in left):
+        return "an older one is removed"
+    if any((path / checkpoint.MANIFEST).exists() for path in left):
+        return "manifest written, not yet renamed"
+    if any(path.is_file() for folder in left for path in folder.rglob("*")):
+        return "files are written"
+    if left:
+        return "folder made, no file yet"
+    if committed_untold:
+        return "renamed, not yet told"
+    return "compared and copied" if ranks.told("phase", "name")[-1] == "save" else "between two saves"
+
+
+def make_run(folder: Path, run: Path, **changes: object) -> Path:
+    """A prepared run folder for a small real training; ``changes`` as in loop.global_batch of a recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = write_inputs(folder, records=200)
+    small = {"loop.max_steps": STEPS, "loop.global_batch": 12, "evaluate.base": "false", "evaluate.prompts": "[]"}
+    small |= {"checkpoint.every": EVERY, "data.eval_share": 0.0}
+    config = load(str(recipe), [f"{key}={value}" for key, value in (small | changes).items()])
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"train": dataclasses.asdict(config)}))
+    run_once("prepare_run", folder / "prepare", run)
+    return run
+
+
+def copy_run(prepared: Path, run: Path) -> Path:
+    """The same run, of which nothing is trained yet."""
+    run.mkdir(parents=True)
+    for name in ("config.json", "prepared.json"):
+        shutil.copy(prepared / name, run)
+    return run
+
+
+def final_weights(run: Path) -> Mapping[str, str]:
+    """sha256 of every file of weights and optimizer of the last step."""
+    last = run / "checkpoints" / checkpoint.folder_name(STEPS)
+    assert checkpoint.fault_of(last) is None
+    found = weights_digest(last, WEIGHTS)
+    assert len(found) >= 2
+    return found
+
+
+def kill_and_resume(folder: Path, prepared: Path, count: int, worlds: tuple[int, ...] = (2, 1, 3)) -> Ledger:
+    """Runs that are killed one to three times at any moment and resumed; their last weights are to be those of a run
+    that nothing happened to."""
+    seed, chance = seeded()
+    ledger = Ledger("kills of runs that were resumed")
+    undisturbed = {}
+    for number in range(count):
+        world_size = worlds[number % len(worlds)]
+        if world_size not in undisturbed:
+            undisturbed[world_size] = undisturbed_run(folder, prepared, world_size)
+        weights, usual_s = undisturbed[world_size]
+        run = copy_run(prepared, folder / f"run-{number}")
+        for attempt in range(1, 1 + chance.randint(1, 3)):
+            with crew("train_rank", world_size, run / f"attempt_{attempt}", run, attempt > 1) as ranks:
+                time.sleep(chance.uniform(0, usual_s))
+                ledger.count(kill_in_training(ranks, chance), phase_of_run(ranks))
+        with crew("train_rank", world_size, run / "last", run, True) as ranks:
+            assert ranks.end() == [0] * world_size, ranks.errors()
+        assert final_weights(run) == weights, f"seed {seed}, run {number} of {world_size} ranks has other weights"
+        shutil.rmtree(run)
+    ledger.fact("resumed to the weights of an undisturbed run", f"{count} of {count} runs, 1 to 3 ranks")
+    ledger.fact("SAVES_SEED", seed)
+    return ledger
+
+
+def undisturbed_run(folder: Path, prepared: Path, world_size: int) -> tuple[Mapping[str, str], float]:
+    """Weights and seconds of a run that nothing happens to."""
+    run = copy_run(prepared, folder / f"undisturbed-{world_size}")
+    began = time.monotonic()
+    with crew("train_rank", world_size, run / "attempt_1", run, False) as ranks:
+        assert ranks.end() == [0] * world_size, ranks.errors()
+    return final_weights(run), time.monotonic() - began
+
+
+def kill_in_training(ranks: Crew, chance: random.Random) -> str:
+    """As ``kill_some``; of those that live on one may be asked for the last finished step, as a launcher would."""
+    if len(ranks.ranks) == 1 or chance.random() < 0.4:
+        return kill_some(ranks, chance)
+    first, asked = chance.sample(range(len(ranks.ranks)), 2)
+    can_save = "save" in ranks.told("takes", "signal", asked)
+    ranks.kill(first)
+    if can_save and ranks.ranks[asked].exitcode is None:
+        ranks.signal(EMERGENCY_SIGNAL, asked)
+    time.sleep(chance.uniform(0, 0.3))
+    ranks.kill()
+    return "one first, another asked to save" if can_save else "one first"
+
+
+def phase_of_run(ranks: Crew) -> str:
+    """What rank 0 was doing."""
+    said = ranks.told("phase", "name")
+    if not said:
+        return "starting"
+    steps = ranks.told("step", "step")
+    if said[-1] == "train" and not steps:
+        return "before its first step"
+    return {"train": "training", "save": "saving", "load": "loading"}.get(said[-1], said[-1])
+
+
+def flip_bits(path: Path, each: int) -> Ledger:
+    """One bit at so many random places of every file of a checkpoint; each is to be caught, with the file's name, by
+    those who verify a checkpoint and by a run that is resumed, which hashes files of tensors as it reads them."""
+    seed, chance = seeded()
+    weights = {n: t for file in path.glob("model*.safetensors") for n, t in tensor_file.read(file)[0].items()}
+    kept = train_state.Kept(weights=weights, optimizer={}, steps=0, describe=id)
+    assert fault_on_resume(path, kept) is None
+    ledger = Ledger("flipped bits, each caught and named by its file")
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        whole, name = file.read_bytes(), str(file.relative_to(path))
+        for _ in range(each):
+            data = bytearray(whole)
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+            file.write_bytes(data)
+            for fault in (checkpoint.fault_of(path), fault_on_resume(path, kept)):
+                assert fault is not None, f"seed {seed}: a bit of {name} flipped and nothing was said"
+                assert fault.startswith(f"{name} is "), f"seed {seed}: a bit of {name} flipped, but: {fault}"
+            ledger.count(path.name, name)
+        file.write_bytes(whole)
+    assert checkpoint.fault_of(path) is None
+    return ledger
+
+
+def fault_on_resume(path: Path, kept: train_state.Kept) -> str | None:
+    """What a resumed run says of a checkpoint."""
+    if fault := checkpoint.fault_of(path, tensors=False):
+        return fault
+    try:
+        train_state.load(path, kept)
+    except checkpoint.DamagedError as error:
+        return str(error)
+    return None
