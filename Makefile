@@ -13,7 +13,7 @@ IPEX_BIN := .venv-ipex/bin
 IPEX_READY := .venv-ipex/.ready
 PROJECT := pyproject.toml constraints.txt Makefile
 
-.PHONY: demo demo-labels check-demo test lint setup clean test-cluster test-slurm test-containers test-kills test-numa test-trackers ipex-venv bench-venv test-ipex test-torch28
+.PHONY: demo demo-labels check-demo test lint setup clean test-cluster test-slurm test-slurm-quick test-containers test-kills test-numa test-trackers ipex-venv bench-venv test-ipex test-torch28
 
 setup: $(READY)
 
@@ -46,19 +46,22 @@ test: $(READY) lint
 	$(BIN)/python -m pytest $(if $(CXX_FOUND),,-m "not ccl")
 
 # Hosts made of namespaces, with sshd: needs root, and on Debian
-# apt-get install -y --no-install-recommends openssh-server openssh-client iproute2 nftables util-linux
+# apt-get install -y --no-install-recommends openssh-server openssh-client iproute2 nftables util-linux libfaketime
 test-cluster: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests
 test-cluster: $(READY)
-	$(PIP) --no-deps --no-build-isolation deepspeed hjson ninja msgpack py-cpuinfo einops
 	$(BIN)/python -m falcon_dist.ccl build
 	$(BIN)/python -m pytest tests/cluster -m "not slow" --ignore-glob="*/test_slurm*"
 
-# A real Slurm over such hosts; besides
+# A real Slurm over such hosts, half an hour; the first part alone: make test-slurm-quick. Besides
 # apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge
-test-slurm: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests
+test-slurm test-slurm-quick: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests
 test-slurm: $(READY)
 	$(BIN)/python -m falcon_dist.ccl build
 	$(BIN)/python -m pytest tests/cluster/test_slurm*.py
+
+test-slurm-quick: $(READY)
+	$(BIN)/python -m falcon_dist.ccl build
+	$(BIN)/python -m pytest tests/cluster/test_slurm.py
 
 # The image and the compose file, with podman: needs root, some minutes for the base image once, and
 # apt-get install -y --no-install-recommends podman crun netavark aardvark-dns catatonit debootstrap
@@ -69,6 +72,13 @@ test-containers: $(READY)
 # Kills at random moments of random parts of runs over such hosts: 950 with plain ranks, 50 while training.
 test-kills: $(READY)
 	$(BIN)/python -m pytest tests/cluster/test_kills.py -m slow
+
+# 500 kills at random moments of saving, 50 runs killed and resumed to the same weights, 200 flipped bits in every file of
+# a checkpoint; each with a ledger. SAVES_SEED=N repeats a series.
+.PHONY: test-saves
+test-saves: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests
+test-saves: $(READY)
+	$(BIN)/python -m pytest tests/saves -m slow
 
 .PHONY: bench-7b bench-curves
 # Loss curves of the demo model: bf16 and full-lowmem against fp32 Adam, 300 steps each.
@@ -87,6 +97,13 @@ bench-7b: $(READY)
 test-trackers: $(READY)
 	$(PIP) --editable '.[trackers]'
 	$(BIN)/python -m pytest tests/trackers
+
+# ZeRO at length: over ccl, on three ranks, in fp32, memory as predicted.
+.PHONY: test-zero
+test-zero: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests
+test-zero: $(READY)
+	$(BIN)/python -m falcon_dist.ccl build
+	$(BIN)/python -m pytest tests/zero
 
 # Every fault of the catalogue, injected into real runs on such hosts; writes docs/faults.md. The slice is for CI.
 .PHONY: chaos chaos-quick

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from launcher.cluster import HostFacts
+from launcher.onednn import WITH_BF16, instruction_set
 
 CLOCK_S: Final = 1.0
 OPEN_FILES: Final = 4096
@@ -57,7 +58,7 @@ def _row(found: Findings) -> tuple[str, ...]:
         str(len(topology.allowed)),
         f"{told['memory_bytes'] / (1 << 30):.0f} GiB",
         str(told["isa"]),
-        str(told["torch"].get("bf16_kernel", "-")),
+        _shown_kernel(told["torch"]),
         f"{1000 * found.clock_offset_s:+.0f} ms",
         rate,
         _shown_reduction(told["torch"].get("all_reduce", {})),
@@ -75,6 +76,14 @@ HEAD: Final = (
     "link",
     "all_reduce",
 )
+
+
+def _shown_kernel(told: Mapping[str, Any]) -> str:
+    """What a bf16 linear layer ran on: "AMX: brg_matmul:avx512_core_amx"."""
+    if "bf16_kernel" not in told:
+        return "-"
+    kernel: str | None = told["bf16_kernel"]
+    return f"{instruction_set(kernel)}: {kernel or 'no kernel told'}"
 
 
 def _shown_reduction(told: Mapping[str, Any]) -> str:
@@ -113,19 +122,15 @@ def _of_torch(found: Findings) -> list[Row]:
     if "fault" in told:
         return [(host, f"torch does not work: {told['fault']}", "install falcon-dist there again")]
     rows = []
-    if told["leak"] != 0:
-        rows.append((host, f"packed samples see each other ({told['leak']:g})", "install the pinned transformers"))
+    if leak := told.get("leak"):
+        rows.append((host, f"packed samples see each other ({leak:g})", "install the pinned transformers"))
     if fault := told.get("all_reduce", {}).get("fault"):
         cure = "open all ports between the hosts; give each a name of its own"
         rows.append((host, f"all_reduce with the other hosts fails: {fault}", cure))
-    if found.examined["isa"] in ("avx512_bf16", "amx_bf16") and "bf16" not in _kernel(told["bf16_kernel"]):
-        rows.append((host, f"bf16 products take {told['bf16_kernel']}", "unset ONEDNN_MAX_CPU_ISA"))
+    ran_on = instruction_set(told["bf16_kernel"])
+    if found.examined["isa"] in ("avx512_bf16", "amx_bf16") and ran_on not in WITH_BF16:
+        rows.append((host, f"bf16 products run on {ran_on} ({told['bf16_kernel']})", "unset ONEDNN_MAX_CPU_ISA"))
     return rows
-
-
-def _kernel(name: str) -> str:
-    """The name, with what oneDNN calls the same thing in its later instruction sets."""
-    return f"{name} bf16" if "amx" in name or "avx10" in name else name
 
 
 def _of_network(found: Findings) -> list[Row]:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from falcon_dist import ccl_environment
 from launcher import discover, environment
+from launcher.cluster import HostFacts
 from launcher.diagnosis import Findings
 from launcher.discover import ANSWER_TIMEOUT_S, Agents, answers
 from launcher.hostfile import Hostfile
@@ -32,9 +33,8 @@ def look(agents: Agents, hosts: Hostfile, run_dir: str, *, with_torch: bool) -> 
     unreached, addrs = _mesh(agents, hosts, meeting)
     rates = _ring(agents.channels, addrs) if len(addrs) > 1 and not any(unreached) else [None] * len(facts)
     seats = _seats(agents, meeting) if with_torch and len(addrs) > 1 and not any(unreached) else [{}] * len(facts)
-    for channel, seat in zip(agents.channels, seats, strict=True):
-        channel.send("examine", run_dir=run_dir, with_torch=with_torch, seat=seat)
-    examined = answers(agents.channels, "examined", EXAMINE_S)
+    surveyed = discover.survey(agents, cwd="/", script=None, run_dir=run_dir)
+    examined = _examine(agents.channels, facts, surveyed, seats, with_torch=with_torch)
     rows = zip(agents.channels, facts, examined, offsets, unreached, rates, strict=True)
     return [
         Findings(
@@ -42,6 +42,25 @@ def look(agents: Agents, hosts: Hostfile, run_dir: str, *, with_torch: bool) -> 
         )
         for channel, known, told, off, missed, rate in rows
     ]
+
+
+def _examine(
+    channels: Sequence[Channel],
+    facts: Sequence[HostFacts],
+    surveyed: Sequence[Mapping[str, Any]],
+    seats: Sequence[Mapping[str, str]],
+    *,
+    with_torch: bool,
+) -> list[dict[str, Any]]:
+    """All that the agents find out; of hosts with the same software and processor one looks for leaks, for all."""
+    kinds = [(told["code"], told["isa"], known.versions) for told, known in zip(surveyed, facts, strict=True)]
+    first = [kinds.index(kind) for kind in kinds]
+    for place, (channel, seat) in enumerate(zip(channels, seats, strict=True)):
+        channel.send("examine", with_torch=with_torch, with_leak=first[place] == place, seat=seat)
+    examined = answers(channels, "examined", EXAMINE_S)
+    leaks = [{name: value for name, value in examined[place]["torch"].items() if name == "leak"} for place in first]
+    rows = zip(surveyed, examined, leaks, strict=True)
+    return [{**known, **own, "torch": leak | own["torch"] if own["torch"] else {}} for known, own, leak in rows]
 
 
 def _seats(agents: Agents, meeting: Meeting) -> list[dict[str, str]]:

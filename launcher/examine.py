@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from falcon_dist.contract import STORE_FD
-from launcher import memory, survey
+from launcher import memory, onednn
 from launcher.wire import CHUNK_BYTES
 
 TORCH_S: Final = 60.0
@@ -24,36 +24,37 @@ RING_WAIT_S: Final = 3.0
 
 
 def host(
-    run_dir: str, *, with_torch: bool, seat: Mapping[str, str], listening: socket.socket | None = None
+    *, with_torch: bool, with_leak: bool, seat: Mapping[str, str], listening: socket.socket | None = None
 ) -> dict[str, Any]:
     """Limits and memory of this host, and what needs torch if that is wanted too.
 
+    ``with_leak``: besides, whether packed samples see each other.
     ``seat``: the variables of a rank that takes part in an all_reduce of all hosts; empty: there is none.
     ``listening``: where their store is served, on the first of them.
     """
     shm = os.statvfs("/dev/shm")  # noqa: S108  # the very place that is asked about
     return {
-        **survey.take(cwd="/", script=None, run_dir=run_dir),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "processes": resource.getrlimit(resource.RLIMIT_NPROC)[0],
         "locked_bytes": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "shm_bytes": shm.f_bavail * shm.f_frsize,
         "memory_free_bytes": memory.available_bytes(),
         "load": os.getloadavg()[0],
-        "torch": _torch(seat, listening) if with_torch else {},
+        "torch": _torch(seat, listening, with_leak=with_leak) if with_torch else {},
     }
 
 
-def _torch(seat: Mapping[str, str], listening: socket.socket | None) -> dict[str, Any]:
+def _torch(seat: Mapping[str, str], listening: socket.socket | None, *, with_leak: bool) -> dict[str, Any]:
     """What falcon_dist.host_facts tells of this host; "fault" where it cannot."""
-    words = [sys.executable, "-P", "-m", "falcon_dist.host_facts"]
+    words = [sys.executable, "-P", "-m", "falcon_dist.host_facts", *(["--leak"] if with_leak else [])]
     fds = [] if listening is None else [listening.fileno()]
-    env = os.environ | seat | ({STORE_FD: str(fds[0])} if fds else {})
+    env = os.environ | seat | onednn.VERBOSE | ({STORE_FD: str(fds[0])} if fds else {})
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=TORCH_S, check=False, env=env, pass_fds=fds
         )
-        return dict(json.loads(done.stdout.splitlines()[-1]))
+        told = json.loads(done.stdout.splitlines()[-1])
+        return {**told, "bf16_kernel": onednn.first_kernel(done.stdout)}
     except subprocess.TimeoutExpired:
         return {"fault": f"no answer within {TORCH_S:g} s"}
     except (ValueError, IndexError, TypeError):

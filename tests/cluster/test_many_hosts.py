@@ -1,4 +1,4 @@
-"""Sixteen hosts at once, on one machine's few cores: what needs torch is left out."""
+"""Sixteen hosts at once, on one machine's few cores."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ TELL = "import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZ
 def test_sixteen_hosts(tmp_path: Path):
     with Hosts(16, tmp_path / "c") as hosts:
         begun = time.monotonic()
-        done = hosts[0].run(str(BIN / "falcon"), "doctor", "--quick", "--hosts", "node[1-16]", timeout=60)
-        assert time.monotonic() - begun < 20
-        assert done.stdout.count("MB/s") == 16, done.stdout + done.stderr
+        done = hosts[0].run(str(BIN / "falcon"), "doctor", "--hosts", "node[1-16]", timeout=60)
+        taken = time.monotonic() - begun
+        assert done.stdout.count("MB/s") == 32, done.stdout + done.stderr
+        assert taken < 20, f"{taken:.1f} s\n{done.stdout}"
         shared = tmp_path / "shared"
         shared.mkdir()
         (shared / "tell.py").write_text(TELL)

@@ -17,6 +17,7 @@ from cluster.programs import ACCELERATE, DDP, DEEPSPEED, LOADERS
 
 SHM = "/dev/shm"  # shared memory is mounted there
 LAUNCH = str(BIN / "falcon-launch")
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 TELL = "import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], os.environ['MASTER_ADDR'])"
 
 
@@ -189,3 +190,16 @@ def test_the_doctor_finds_what_is_wrong_on_every_host(hosts: Hosts):
     assert shm.endswith("mount it larger (containers: --shm-size)")
     assert "packed" not in problems
     assert "torch" not in problems
+
+
+def test_a_clock_that_is_half_a_minute_ahead(hosts: Hosts, launch):
+    """Told by the doctor, and at the start of a run, which goes by monotonic time and does not mind."""
+    assert FAKETIME.is_file(), "this test needs libfaketime; see make test-cluster"
+    ahead = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "+30s", "DONT_FAKE_MONOTONIC": "1"}
+    with hosts[1].login_environment(ahead):
+        told = hosts[0].run(str(BIN / "falcon"), "doctor", "--quick", "--hosts", "node[1-3]", timeout=60)
+        done = launch(TELL, *THREE, "--", "program.py")
+    (problem,) = [line for line in told.stdout.splitlines() if "clock" in line and "off" in line]
+    assert problem.startswith("node2  clock +30.0 s off"), told.stdout
+    assert done.returncode == 0, done.stderr
+    assert "node2: its clock is +30 s off" in done.stdout + done.stderr

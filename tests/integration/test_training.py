@@ -269,8 +269,8 @@ def retell(path: Path, **changes: str | None) -> None:
     """A checkpoint whose manifest tells other facts, or without those that are None."""
     manifest = json.loads((path / "manifest.json").read_text())
     facts = {**manifest["facts"], **changes}
-    manifest["facts"] = {name: value for name, value in facts.items() if value is not None}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    facts = {name: value for name, value in facts.items() if value is not None}
+    (path / "manifest.json").write_text(checkpoint.manifest_text(facts, manifest["files"]))
 
 
 def test_no_checkpoint_that_can_be_trusted_is_an_error(tmp_path: Path) -> None:

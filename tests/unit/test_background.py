@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ class Ranks:
             job = Job(
                 root=self.root,
                 step=step,
+                total_bytes=sum(tensor.nbytes for tensor in kept.tensors.values()),
                 shards=mine,
                 tensors=kept.tensors,
                 write_rest=lambda folder: train_state.write_rest(folder, kept, shards),
@@ -99,6 +101,21 @@ def test_a_full_disk_of_any_rank_is_known_to_all_and_the_next_save_works(tmp_pat
     assert checkpoint.newest_verified(tmp_path).newest.step == 3
 
 
+def test_where_too_little_is_free_nothing_is_written_and_the_next_save_works(tmp_path, monkeypatch) -> None:
+    ranks, kept = Ranks(tmp_path, 2), state()
+    assert ranks.save(kept, 1) == [None, None]
+    needed = sum(tensor.nbytes for tensor in kept.tensors.values())
+    written: list[Path] = []
+    full = os.statvfs_result((512, 1, 1 << 30, 0, needed - 1, 0, 0, 0, 0, 255))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "statvfs", lambda folder: full)
+        patched.setattr(tensor_file, "write", lambda path, tensors: written.append(path))
+        assert ranks.save(kept, 2) == ["No space left on device: 0.0 MB needed, 0.0 MB free"] * 2
+    assert written == []
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    assert ranks.save(kept, 3) == [None, None]
+
+
 def test_a_folder_that_has_gone_is_made_again_and_one_that_is_a_file_is_told(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     ranks = Ranks(root, 2)
@@ -129,6 +146,7 @@ def test_a_save_that_never_ends_is_told(tmp_path: Path) -> None:
     job = Job(
         root=tmp_path,
         step=1,
+        total_bytes=0,
         shards=kept.shards(writers=1, max_bytes=999),
         tensors=kept.tensors,
         write_rest=id,

@@ -49,6 +49,12 @@ def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000001"]
 
 
+def test_room_is_looked_for_in_words_that_tell_how_much(tmp_path: Path) -> None:
+    checkpoint.check_room(tmp_path, 1)
+    with pytest.raises(OSError, match=r"No space left on device: 1000000000\.0 GB needed, \d+\.\d [GM]B free"):
+        checkpoint.check_room(tmp_path, 10**18)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -57,6 +63,19 @@ def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def test_any_bit_of_the_manifest_itself_is_caught_and_named(tmp_path: Path) -> None:
+    """Also where it still is JSON: another step, another sha256, another name."""
+    manifest = commit(tmp_path, 1) / checkpoint.MANIFEST
+    whole = manifest.read_bytes()
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        manifest.write_bytes(data)
+        assert checkpoint.fault_of(manifest.parent) == "manifest.json is damaged", data
+    manifest.write_bytes(whole)
+    assert checkpoint.fault_of(manifest.parent) is None
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "train_state/counters.json"])
@@ -68,6 +87,19 @@ def test_one_flipped_bit_is_caught_and_named(tmp_path: Path, name: str) -> None:
     assert choice.newest is not None
     assert choice.newest.step == 1
     assert choice.refused == ((newer, f"{name} is not what was written (sha256 differs)"),)
+
+
+def test_who_reads_tensors_next_has_only_their_size_verified(tmp_path: Path) -> None:
+    older, newer = commit(tmp_path, 1), commit(tmp_path, 2)
+    flip_bit(newer / "model.safetensors")
+    assert checkpoint.newest_verified(tmp_path, tensors=False).newest.path == newer
+    assert checkpoint.newest_verified(tmp_path, tensors=False, below=2).newest.path == older
+    (newer / "model.safetensors").write_text("short")
+    choice = checkpoint.newest_verified(tmp_path, tensors=False)
+    assert choice.newest.path == older
+    assert choice.refused == ((newer, "model.safetensors has 5 bytes, not 9"),)
+    flip_bit(older / "train_state/counters.json")
+    assert checkpoint.newest_verified(tmp_path, tensors=False).newest is None
 
 
 @pytest.mark.parametrize(

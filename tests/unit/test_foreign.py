@@ -89,7 +89,7 @@ def use(path: Path, kept: train_state.Kept) -> list[str]:
     ):
         try:
             way()
-        except UserError as error:
+        except (UserError, checkpoint.DamagedError) as error:
             said.append(str(error))
     return said
 
@@ -126,7 +126,7 @@ def sign(path: Path) -> None:
     for name in manifest["files"]:
         file = path / name
         manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": checkpoint.file_sha256(file)}
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (path / checkpoint.MANIFEST).write_text(checkpoint.manifest_text(manifest["facts"], manifest["files"]))
 
 
 def compared(model: Path) -> None:

@@ -43,7 +43,7 @@ def test_hosts_in_good_health(found):
             "8",
             "256 GiB",
             "amx_bf16",
-            "brg_matmul:avx10_1_512_amx",
+            "AMX: brg_matmul:avx10_1_512_amx",
             "+1 ms",
             "1000 MB/s",
             "870 MB/s (ccl)",
@@ -63,7 +63,11 @@ def test_hosts_in_good_health(found):
         ({"load": 7.0}, "load 7.0 on 8 cpus", "end what else"),
         ({"torch": {"fault": "No module"}}, "torch does not work: No module", "install"),
         ({"torch": {"leak": 0.2, "bf16_kernel": "brg_matmul:avx512_core_bf16"}}, "see each other (0.2)", "pinned"),
-        ({"torch": {"leak": 0, "bf16_kernel": "jit:avx2"}}, "bf16 products take jit:avx2", "ONEDNN_MAX_CPU_ISA"),
+        (
+            {"torch": {"leak": 0, "bf16_kernel": "jit:avx2"}},
+            "bf16 products run on AVX2 (jit:avx2)",
+            "ONEDNN_MAX_CPU_ISA",
+        ),
         (
             {"torch": TORCH | {"all_reduce": {"fault": "timed out"}}},
             "all_reduce with the other hosts fails: timed",

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = {
-    "values": ["errors", "cpuset", "hostnames", "redaction", "binding", "patience", "frames"],
+    "values": ["errors", "cpuset", "hostnames", "redaction", "binding", "patience", "frames", "onednn"],
     "describe": [
         *("hostfile", "hostselect", "network", "topology", "config", "earlier", "cluster", "plan"),
         *("slurm", "slurmjob", "jobsettings"),

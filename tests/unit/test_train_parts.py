@@ -12,7 +12,7 @@ from falcon_dist.config import OptimConfig, TrainConfig, build, check_known, fla
 from falcon_dist.contract import UserError
 from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
 from falcon_dist.evaluate import ratio
-from falcon_dist.loop import learning_rate_factor
+from falcon_dist.learning_rate import learning_rate_factor
 from falcon_dist.loss import count_labels, token_losses
 from falcon_dist.train_state import parameter_names
 from falcon_dist.world import World
