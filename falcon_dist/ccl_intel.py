@@ -8,7 +8,6 @@ Ours takes the name on import of falcon_dist.ccl, so this is not a module of tha
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import re
 from collections.abc import Mapping
 from typing import Final
@@ -48,10 +47,12 @@ def _release(version: str) -> str | None:
 
 
 def _installed() -> dict[str, str]:
+    from importlib import metadata  # here, for the launcher that plans a run without it is quicker by a tenth
+
     versions = {}
     for name in (DISTRIBUTION, "torch"):
         try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             continue
     return versions

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from transformers import AttentionInterface
 from transformers.models.falcon import modeling_falcon
 
@@ -46,7 +46,7 @@ def spans(position_ids: Tensor, batch: int) -> Iterator[_Span]:
             yield which, every, slice(first, end)
 
 
-@torch.library.custom_op("falcon_dist::segment_attention", mutates_args=())
+@library.custom_op("falcon_dist::segment_attention", mutates_args=())
 def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, position_ids: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ def segment_attention(
     return out, norms
 
 
-@torch.library.custom_op("falcon_dist::segment_attention_backward", mutates_args=())
+@library.custom_op("falcon_dist::segment_attention_backward", mutates_args=())
 def segment_attention_backward(
     grad: Tensor,
     query: Tensor,

@@ -7,6 +7,7 @@ C++ compiler for that, torch's own copy is taken where it still pays.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from functools import cache
@@ -14,6 +15,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+
+_log = logging.getLogger(__name__)
 
 SMALLEST: Final = 1024
 """Narrower layers, and fewer rows than an eighth of it, gain little: a run of small ones ends before it has paid for
@@ -60,7 +63,9 @@ def _transposed() -> Any:
     made = torch.compile(lambda matrix: matrix.t().contiguous(), dynamic=True, options={"cpp.dynamic_threads": True})
     try:
         made(torch.zeros(48, 32, dtype=torch.bfloat16))
-    except (RuntimeError, OSError):
+    except (RuntimeError, OSError) as fault:
+        reason = (str(fault).splitlines() or [type(fault).__name__])[0]
+        _log.warning("weight gradients are slower here, for torch.compile gives no kernel: %s", reason)
         return None
     return made
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import SHAPES, VOCAB, falcon_rw, llama, make_model
+from torch import library
 from transformers import GPT2Config, PreTrainedModel
 
 from falcon_dist.config import EngineConfig, ModelConfig
@@ -162,7 +163,7 @@ def test_the_operator_keeps_torchs_rules() -> None:
     """Shapes, strides, aliasing and gradients as torch.compile relies on them."""
     heads = [torch.randn(2, 64, 4, 16, requires_grad=True).transpose(1, 2)]
     heads += [torch.randn(2, 64, 2, 16, requires_grad=True).transpose(1, 2) for _ in range(2)]
-    torch.library.opcheck(segment_attention, (*heads, positions(RECORDS), 0.25))
+    library.opcheck(segment_attention, (*heads, positions(RECORDS), 0.25))
 
 
 def test_the_plain_form_is_had_inside_training_and_after_it() -> None:

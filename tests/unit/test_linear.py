@@ -79,7 +79,15 @@ def test_turned_heads_are_those_of_transformers() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(made, fused, grads)[0] for made in (found, wanted)))
 
 
-def test_a_compiler_that_fails_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_are_turned_without_data_too() -> None:
+    fused = torch.empty(2, 7, 5, 8, device="meta")
+    angles = torch.empty(2, 7, 8, device="meta")
+    assert [tuple(x.shape) for x in shared_heads(fused, angles, angles)] == [(2, 7, 3, 8), (2, 7, 1, 8), (2, 7, 1, 8)]
+
+
+def test_a_compiler_that_fails_is_no_compiler_and_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(*_: object, **__: object) -> object:
         def call(matrix: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("no space left on device")
@@ -91,4 +99,5 @@ def test_a_compiler_that_fails_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -
     linear._transposed.cache_clear()
     grad, x = torch.randn(200, 130).bfloat16(), torch.randn(200, 260).bfloat16()
     assert torch.equal(weight_gradient(grad, x), grad.t().contiguous() @ x)
+    assert "no kernel: no space left on device" in caplog.text
     linear._transposed.cache_clear()

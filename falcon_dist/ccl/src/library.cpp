@@ -19,7 +19,7 @@ constexpr auto kGrace = std::chrono::seconds(5);  // for the operation's own dea
 
 // Never destroyed: threads may look at these while the process ends.
 struct Process {
-  std::mutex library;
+  std::mutex calls;
   std::mutex registry;
   std::vector<Watched*> watched;
   std::string poisoned_by;
@@ -89,7 +89,7 @@ void watch_all() {
 }
 
 std::mutex& library_lock() {
-  return process().library;
+  return process().calls;
 }
 
 Watched::Watched(std::string group) : group_(std::move(group)) {
