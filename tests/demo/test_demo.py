@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -88,3 +90,58 @@ def test_chat_command_answers(run: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "tokens/s]" in done.stdout
+
+
+def told(command: str) -> tuple[list[str], str]:
+    """Words and output of the block of README that shows this command."""
+    found = re.search(
+        rf"^\$ ({re.escape(command)}.*)\n((?:.*\n)*?)```$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert found, f"README shows no output of: {command}"
+    return shlex.split(found[1]), found[2]
+
+
+def done_as_told(words: list[str], run: Path, **options: str) -> str:
+    """What the words print, with the demo's newest run in place of README's, as wide as README's."""
+    last = str(newest_checkpoint(run).relative_to(ROOT))
+    words = [str(BIN / words[0]), *(last if word.startswith("runs/") else word for word in words[1:])]
+    env = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def without_figures(text: str) -> str:
+    """Figures and run names as #: what is the same on every machine."""
+    return re.sub(r"[\d.,]*\d", "#", re.sub(r"runs/[^/ ]+", "runs/#", text))
+
+
+def figures(text: str) -> list[float]:
+    """The figures outside of run names, in their order."""
+    return [float(found.replace(",", "")) for found in re.findall(r"[\d.,]*\d", re.sub(r"runs/[^/ ]+", "runs/", text))]
+
+
+@pytest.mark.timeout(960)  # every held-out row, by both models, in one process
+def test_readme_shows_what_compare_prints(run: Path, summary) -> None:
+    words, shown = told("falcon compare")
+    seen = done_as_told(words, run)
+    heads = [text.partition("\n---")[0] for text in (shown, seen)]
+    assert without_figures(heads[1]) == without_figures(heads[0])
+    assert figures(heads[1]) == pytest.approx(figures(heads[0]), rel=0.11)
+    columns = [line.split("|") for line in seen.partition("\n---")[2].splitlines()[1:]]
+    for place, name in enumerate(("base", "tuned")):
+        (answer,) = summary[name]["answers"].values()
+        assert answer.split() == " ".join(column[place] for column in columns).split()
+
+
+def test_readme_shows_what_chat_prints(run: Path, summary) -> None:
+    first, shown = told("printf")
+    _, said, pipe, *words = first
+    assert pipe == "|"
+    seen = done_as_told(words, run, input=said.replace("\\n", "\n"))
+    assert without_figures(seen.splitlines()[-1]) == without_figures(shown.splitlines()[-1])
+    assert without_figures(shown.splitlines()[-1]) == "[# tokens in # s, # tokens/s]"
+    (answer,) = summary["tuned"]["answers"].values()
+    for text in (seen, shown):
+        assert len(text.splitlines()) == 2
+    assert seen.startswith(answer)
