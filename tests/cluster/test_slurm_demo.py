@@ -31,7 +31,7 @@ node4 cores=1
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2700)
+@pytest.mark.timeout(3600)
 def test_the_demo_over_four_nodes(tmp_path: Path):
     """It ends well, learns, and takes the rows of a local run in every step."""
     script = tmp_path / "job.sh"
@@ -41,7 +41,7 @@ def test_the_demo_over_four_nodes(tmp_path: Path):
     script.write_text(SCRIPT.format(cache=cache, launch=BIN / "falcon-launch", hostfile=hostfile))
     with Hosts(4, tmp_path / "c") as hosts, Slurm(hosts, tmp_path / "slurm", cpus=(2, 2, 2, 2)) as slurm:
         job = slurm.submit(script)
-        facts = slurm.until(job, "COMPLETED", "FAILED", timeout=1500)
+        facts = slurm.until(job, "COMPLETED", "FAILED", timeout=2400)
     out = (tmp_path / f"out-{job}").read_text()
     assert facts["ExitCode"] == "0:0", out
     assert "outcome: ok, exit code 0, 4 ranks" in out
@@ -51,7 +51,7 @@ def test_the_demo_over_four_nodes(tmp_path: Path):
     assert tuned <= 0.9 * base
     (tmp_path / "local").mkdir()
     shorter = ["--set", "evaluate.base=false", "--set", "loop.max_steps=5"]
-    alone = launch(tmp_path / "local", "--nproc-per-node", "2", *shorter, timeout=900)
+    alone = launch(tmp_path / "local", "--nproc-per-node", "2", *shorter, timeout=1200)
     assert alone.returncode == 0, alone.stderr
     local, over_nodes = step_records(only_run(tmp_path / "local")), step_records(run)
     assert (sorted(local), sorted(over_nodes)) == (list(range(1, 6)), list(range(1, STEPS + 1)))
