@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-NEEDED = ("podman", "crun", "netavark", "aardvark-dns", "catatonit", "debootstrap", "iptables", "unshare", "nsenter", "ip")
+NEEDED = ("podman", "crun", "netavark", "aardvark-dns", "catatonit", "debootstrap", "iptables")
+NEEDED += ("unshare", "nsenter", "ip")
 PLACES = f"{os.environ['PATH']}:/usr/sbin:/sbin:/usr/libexec/podman:/usr/lib/podman"
 DEBIAN = "localhost/debian:bookworm-slim"
 INCLUDED = "ca-certificates,libgomp1,openssh-client,openssh-server,python3,python3-venv"
