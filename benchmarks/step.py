@@ -2,7 +2,7 @@
 
     python benchmarks/step.py [--shape falcon-80m|falcon-160m|demo] [--strategy ddp|lora] [--ipex-python PATH]
                               [--rows 4] [--tokens 512] [--threads 2] [--rounds 5] [--minutes 6]
-                              [--ways ours,stock,2023] [--allocators stock,glibc,tcmalloc,jemalloc]
+                              [--ways ours,stock,2023,2023-plain] [--allocators stock,glibc,tcmalloc,jemalloc]
 
 Every contender is a process of its own, for an allocator is chosen before a program starts; between its turns it
 waits. In a round each of them takes --steps steps, in an order that turns from round to round, and a 4096^3 bfloat16
@@ -11,8 +11,8 @@ product is timed before and after each round. A figure is the median over rounds
 included, attention's own products left out, and what ours does not do for rows without loss is not taken off.
 
 ours: bf16 weights, fp32 masters, segment attention, chunked head. stock: fp32 weights under bf16 autocast, fused
-AdamW, transformers' own loss over sdpa with the packed mask. 2023: see step_2023.py; it needs --ipex-python, the
-Python of `make bench-venv`, and has no adapters.
+AdamW, transformers' own loss over sdpa with the packed mask. 2023 and 2023-plain: see step_2023.py, with its TRL's
+loss and with transformers' own; they need --ipex-python, the Python of `make bench-venv`, and have no adapters.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from step_rows import SHAPES
 
 WARM_UP: Final = 2
 HERE: Final = Path(__file__).resolve().parent
+OLD: Final = {"2023": "trl", "2023-plain": "plain"}
+"""Contenders of the 2023 stack and their loss."""
 
 
 def main() -> int:
@@ -67,9 +69,9 @@ def parse() -> argparse.Namespace:
     flags = parser.parse_args()
     flags.ways = (flags.ways or ("ours,stock,2023" if flags.ipex_python else "ours,stock")).split(",")
     flags.allocators = flags.allocators.split(",")
-    if unknown := {*flags.ways} - {"ours", "stock", "2023"}:
+    if unknown := {*flags.ways} - {"ours", "stock", *OLD}:
         parser.error(f"--ways: no such contender: {', '.join(sorted(unknown))}")
-    if "2023" in flags.ways and (flags.ipex_python is None or flags.strategy == "lora"):
+    if OLD.keys() & {*flags.ways} and (flags.ipex_python is None or flags.strategy == "lora"):
         parser.error("--ways: 2023 needs --ipex-python, and has no adapters")
     return flags
 
@@ -83,8 +85,8 @@ def start(flags: argparse.Namespace) -> list[Contender]:
 def words(flags: argparse.Namespace, way: str) -> list[str]:
     """The command of a contender."""
     sizes = [flags.shape, *map(str, (flags.rows, flags.tokens, flags.threads))]
-    if way == "2023":
-        return [str(flags.ipex_python), str(HERE / "step_2023.py"), *sizes]
+    if way in OLD:
+        return [str(flags.ipex_python), str(HERE / "step_2023.py"), OLD[way], *sizes]
     return [sys.executable, str(HERE / "step_trainers.py"), way, flags.strategy, *sizes]
 
 

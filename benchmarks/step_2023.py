@@ -1,7 +1,7 @@
 """The contender of step.py that runs in the environment of `make bench-venv`: the 2023 recipe as its users have it.
 
-fp32 weights under bf16 autocast, --use_ipex True, which hands model and AdamW to ipex.optimize, and transformers'
-loss; TRL's own loss, which also takes entropy and accuracy of every step, came later and would only slow it down. Rows
+fp32 weights under bf16 autocast and --use_ipex True, which hands model and AdamW to ipex.optimize. Its TRL's loss takes
+entropy and accuracy of every step besides; "plain" is the same with transformers' own loss, as TRL's was in 2023. Rows
 of several samples see each other, as they did.
 """
 
@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 class PlainLoss(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer with the loss it had in 2023."""
+    """SFTTrainer with a loss as it had in 2023."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own."""
@@ -27,13 +27,13 @@ class PlainLoss(SFTTrainer):  # type: ignore[misc]
 
 
 def main() -> None:
-    """step_2023.py SHAPE ROWS TOKENS THREADS"""
-    shape, rows, length, threads = sys.argv[1], *map(int, sys.argv[2:5])
+    """step_2023.py trl|plain SHAPE ROWS TOKENS THREADS"""
+    loss, shape, rows, length, threads = *sys.argv[1:3], *map(int, sys.argv[3:6])
     torch.set_num_threads(threads)
     tokens = step_rows.make_tokens(shape, length).astype("int64")
     whole = {"input_ids": tokens, "labels": tokens, "attention_mask": tokens * 0 + 1}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = PlainLoss(
+        trainer = {"trl": SFTTrainer, "plain": PlainLoss}[loss](
             model=step_rows.make_model(shape, "sdpa", "float32"),
             args=settings(folder, rows),
             train_dataset=Dataset.from_dict({name: list(array) for name, array in whole.items()}),

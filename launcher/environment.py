@@ -27,11 +27,12 @@ TELLTALE: Final = (
 )
 """Names not carried whose owner probably meant them for the ranks: said aloud."""
 
-GLIBC_TUNED: Final = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
-    ":glibc.malloc.top_pad=268435456"
-}
+_KEEPING: Final = f"glibc.malloc.trim_threshold={16 << 30}:glibc.malloc.top_pad={256 << 20}"
+GLIBC_TUNED: Final = {"GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={4 << 30}:{_KEEPING}"}
 """glibc's malloc keeps what a step frees for the next step, instead of faulting fresh pages in (docs/engine.md)."""
+GLIBC_SPARING: Final = {"GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={256 << 20}:{_KEEPING}"}
+"""Besides, the largest blocks go back to the system: kept, they are split for small ones, and the next large one finds
+no room (docs/memory.md)."""
 
 COORDINATES: Final = (
     *(contract.RANK, contract.LOCAL_RANK, contract.WORLD_SIZE, contract.LOCAL_WORLD_SIZE),

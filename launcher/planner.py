@@ -162,7 +162,8 @@ class _Builder:
     def _allocator(self, node: Node) -> Mapping[str, str]:
         name = self.config.launch.memory_allocator
         if name == "default":
-            return environment.GLIBC_TUNED
+            spares = self.config.program is None and self.config.train.strategy == "full-lowmem"
+            return environment.GLIBC_SPARING if spares else environment.GLIBC_TUNED
         if name not in node.facts.allocators:
             raise UserError(
                 f'--memory-allocator: {node.host} has no library of it: "{name}"; install it (Debian: '

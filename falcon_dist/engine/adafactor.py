@@ -54,6 +54,9 @@ class Adafactor(NamedOptimizer):
             param: (group, number)
             for number, (param, group) in enumerate((p, g) for g in self.param_groups for p in g["params"])
         }
+        # Before any gradient: what stays must not lie where a gradient was, or the next one finds no room there.
+        for param in self._places:
+            self.state[param] = {kind: torch.zeros(shape) for kind, shape in state_shapes(param).items()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -73,7 +76,7 @@ class Adafactor(NamedOptimizer):
         group, number = self._places[param]
         matrix, slopes = _matrix(param), _matrix(grad)
         shrink = self._shrink(slopes)
-        state = self._state(param)
+        state = self.state[param]
         beta = 1.0 - (self.steps + 1) ** -DECAY
         if "row" in state:
             rows, columns = _factors(slopes, shrink, state, beta)
@@ -101,12 +104,6 @@ class Adafactor(NamedOptimizer):
         mixed = (self._seed * 0x9E3779B97F4A7C15 + self.steps * 0xBF58476D1CE4E5B9 + number) & (2**64 - 1)
         mixed = ((mixed ^ (mixed >> 30)) * 0x94D049BB133111EB) & (2**64 - 1)
         return (mixed ^ (mixed >> 31)) % NOISE
-
-    def _state(self, param: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[param]
-        if not state:
-            state.update({kind: torch.zeros(shape, dtype=torch.float32) for kind, shape in state_shapes(param).items()})
-        return state
 
     def load_named_state(self, names: Mapping[Tensor, str], state: Mapping[str, Tensor], steps: int) -> None:
         for param in self._places:

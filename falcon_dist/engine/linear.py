@@ -1,8 +1,9 @@
 """Linear layers whose weight gradient is multiplied from transposed copies.
 
-oneDNN takes a product whose first operand is transposed at half the rate of others, for it transposes that operand
-itself, slowly (docs/engine.md). A kernel that torch.compile generates does it in a fifth of the time. Where there is no
-C++ compiler for that, torch's own copy is taken where it still pays.
+With AMX oneDNN takes a product whose first operand is transposed at half the rate of others, for it transposes that
+operand itself, slowly (docs/engine.md). A kernel that torch.compile generates does it in a fifth of the time. Where
+there is no C++ compiler for that, torch's own copy is taken where it still pays. Without AMX the plain product is the
+fastest.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class _Linear(torch.autograd.Function):
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """``grad.T @ x``, contiguous: [T, N] gradient of the output and [T, K] input -> [N, K]."""
     (rows, width), inner = grad.shape, x.shape[1]
-    if min(width, inner, 8 * rows) < SMALLEST or x.dtype != torch.bfloat16:
+    if not has_tiles() or min(width, inner, 8 * rows) < SMALLEST or x.dtype != torch.bfloat16:
         return grad.t() @ x
     transposed = _transposed()
     if transposed is None:
@@ -70,9 +71,14 @@ def _transposed() -> Any:
     return made
 
 
+def has_tiles() -> bool:
+    """Whether this processor multiplies by AMX."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def trained_layers(model: nn.Module, head: nn.Module | None) -> Iterator[nn.Linear]:
-    """Layers that gain: wide, without bias, with bf16 weights that are trained and whole."""
-    for layer in model.modules():
+    """Layers that gain: on AMX those that are wide, without bias, with bf16 weights that are trained and whole."""
+    for layer in model.modules() if has_tiles() else ():
         if isinstance(layer, nn.Linear) and layer is not head and layer.bias is None:
             weight = layer.weight
             partitioned = hasattr(weight, "ds_id")  # ZeRO-3 takes weights away between forward and backward

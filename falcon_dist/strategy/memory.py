@@ -101,7 +101,7 @@ def predict(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> Ran
     if config.strategy == "full-lowmem":
         state = _factored(params)
         copied = _copied(config, weights, state, world_size)
-        gradients = _two_largest(params)
+        gradients = _at_once(params, tied=plan.tie_word_embeddings)
         return RankMemory(weights=weights, gradients=gradients, optimizer=state, snapshot=copied, **common)
     if config.strategy in STAGES:
         return _divided(config, params, world_size, common["activations"], working)
@@ -138,10 +138,14 @@ def _mapped(config: TrainConfig, weights: int) -> RankMemory:
     return RankMemory(mapped=weights) if config.precision == "bf16" else RankMemory(weights=weights)
 
 
-def _two_largest(params: Iterable[Tensor]) -> int:
-    """A tied embedding's gradient lives through backward, and beside it that of the weight being stepped."""
-    largest = sorted((param.numel() for param in params), reverse=True)[:2]
-    return 2 * sum(largest)
+def _at_once(params: Iterable[Tensor], *, tied: bool) -> int:
+    """Bytes of bf16 gradients that stand beside each other where each is freed as soon as it was used.
+
+    A tied embedding's gradient lives through backward, beside that of the weight being stepped, and in the end beside
+    that of its other use.
+    """
+    largest, second, *_ = sorted((param.numel() for param in params), reverse=True)
+    return 2 * (largest + (largest if tied else second))
 
 
 def _factored(params: Iterable[Tensor]) -> int:

@@ -186,6 +186,12 @@ def test_a_memory_allocator_is_the_hosts_own(make_plan):
         make_plan(allocators=found, memory_allocator="jemalloc")
 
 
+@pytest.mark.parametrize(("strategy", "threshold"), [("ddp", 4 << 30), ("full-lowmem", 256 << 20)])
+def test_little_memory_is_not_kept_in_blocks_that_fit_nothing(make_plan, strategy, threshold):
+    env = make_plan(program=None, train=TrainConfig(strategy=strategy)).ranks[0].env
+    assert env["GLIBC_TUNABLES"].startswith(f"glibc.malloc.mmap_threshold={threshold}:")
+
+
 def test_one_interface_for_all_that_communicate(make_plan):
     env = make_plan().ranks[0].env
     assert [env[name] for name in ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "FI_TCP_IFACE")] == ["lo"] * 3

@@ -20,6 +20,7 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param and shutil.which("g++") is None:
         pytest.skip("there is no g++ here")
     monkeypatch.setattr(linear, "SMALLEST", 128)
+    monkeypatch.setattr(linear, "has_tiles", lambda: True)
     if not request.param:
         monkeypatch.setattr(shutil, "which", lambda name: None)
     linear._transposed.cache_clear()
@@ -64,6 +65,14 @@ def test_layers_give_what_they_gave_and_are_left_as_they_were() -> None:
         assert float((plain.float() - ours.float()).norm() / plain.float().norm()) < 0.005
 
 
+def test_without_amx_every_layer_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "SMALLEST", 128)
+    layer = nn.Linear(256, 384, bias=False).bfloat16()
+    for tiles, gaining in ((True, [layer]), (False, [])):
+        monkeypatch.setattr(linear, "has_tiles", lambda tiles=tiles: tiles)
+        assert list(trained_layers(layer, None)) == gaining
+
+
 def test_turned_heads_are_those_of_transformers() -> None:
     torch.manual_seed(0)
     batch, length, heads, width = 2, 7, 3, 8
@@ -96,6 +105,7 @@ def test_a_compiler_that_fails_is_no_compiler_and_told(
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(linear, "SMALLEST", 128)
+    monkeypatch.setattr(linear, "has_tiles", lambda: True)
     linear._transposed.cache_clear()
     grad, x = torch.randn(200, 130).bfloat16(), torch.randn(200, 260).bfloat16()
     assert torch.equal(weight_gradient(grad, x), grad.t().contiguous() @ x)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from integration.test_exact import begin, forget_after
 from integration.test_exact import train as train_ranks
-from integration.test_training import launch_poisoned, poisoned
-from launching import launch, step_records, weights_digest, write_inputs
-from tiny_models import falcon_7b, make_model, make_tokenizer
+from integration.test_training import launch_poisoned
+from launching import launch, run_python, step_records, weights_digest, write_inputs
+from tiny_models import falcon_7b, make_model, make_tokenizer, write_model
 
 from falcon_dist.config import StrategyName
 
@@ -62,9 +62,23 @@ def test_three_ranks_resume_to_the_same_bits(
     assert len(expected) > 2
 
 
+INFINITE = """
+import sys, transformers as t
+tokenizer, model = t.AutoTokenizer.from_pretrained(sys.argv[1]), t.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+seen = set(tokenizer(open(sys.argv[2]).read())["input_ids"])
+model.lm_head.weight.data[next(n for n in range(len(tokenizer)) if n > 5 and n not in seen)] = float("-inf")
+model.transformer.ln_f.weight.data.zero_()
+model.transformer.ln_f.bias.data.fill_(1.0)
+model.save_pretrained(sys.argv[1])
+"""
+"""A token that never comes gets a probability of 0, so the loss is a number; its weights times that 0 are not."""
+
+
 @pytest.mark.parametrize("strategy", STAGES)
 def test_a_gradient_norm_that_is_not_finite_is_traced_to_ranks(tmp_path: Path, strategy: StrategyName) -> None:
-    recipe, _ = poisoned(tmp_path, "lm_head.weight", "5, 0", "1e30")
+    recipe = write_inputs(tmp_path)
+    write_model(tmp_path / "model", falcon_7b(tie_word_embeddings=False))
+    run_python(tmp_path, INFINITE, str(tmp_path / "model"), str(tmp_path / "data.jsonl"))
     recipe.write_text(f'strategy = "{strategy}"\n' + recipe.read_text())
     said = launch_poisoned(tmp_path, recipe)
     assert re.search(r"gradient norm is \w+ at step 1: rank 0 had rows .*; rank 1 had rows", said), said
