@@ -115,9 +115,12 @@ def test_accumulation_and_other_precisions_are_refused() -> None:
         FullLowMemory(TrainConfig(precision="fp32"), World()).check(schedule)
 
 
-def test_state_is_a_row_and_a_column_of_each_matrix() -> None:
+def test_state_is_a_row_and_a_column_of_each_matrix_and_there_before_any_gradient() -> None:
     model, optimizer = prepared("falcon-7b")
+    places = {id(tensor) for state in optimizer.state.values() for tensor in state.values()}
+    assert len(optimizer.state) == len(list(model.parameters()))
     model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     width = falcon_7b().hidden_size
     state = optimizer.state[model.transformer.h[0].mlp.dense_h_to_4h.weight]
     assert {kind: tuple(tensor.shape) for kind, tensor in state.items()} == {"row": (4 * width,), "column": (width,)}
+    assert places == {id(tensor) for state in optimizer.state.values() for tensor in state.values()}

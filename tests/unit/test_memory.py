@@ -33,7 +33,7 @@ def test_state_of_falcon_7b() -> None:
         assert found.weights == found.gradients == each * FALCON_7B
         assert found.optimizer == {"fp32": 8, "bf16": 12}[precision] * FALCON_7B
     low = predict(TrainConfig(strategy="full-lowmem"), FalconConfig(), 1)
-    assert low.gradients < 0.09 * low.weights
+    assert low.gradients == 2 * 2 * 65024 * 4544  # those of the tied embedding's two uses
     lora = predict(TrainConfig(strategy="lora"), FalconConfig(), 1)
     assert (lora.mapped, lora.weights) == (2 * FALCON_7B, 2 * 32 * 16 * (4544 + 4672))
     assert lora.on_host(4) < 2 * lora.total
