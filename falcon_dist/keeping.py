@@ -17,13 +17,7 @@ BEST: Final = "best"
 
 
 def check_keeping(config: CheckpointConfig, *, evaluates: bool) -> None:
-    """Raises UserError for rules that contradict each other."""
-    if config.keep_last is not None and config.keep_last < 1:
-        raise UserError(f'checkpoint.keep_last must be at least 1 or "none": "{config.keep_last}"')
-    if config.failure_hours <= 0:
-        raise UserError(f'checkpoint.failure_hours must be above 0: "{config.failure_hours:g}"')
-    if config.keep_every < 0:
-        raise UserError(f'checkpoint.keep_every must be at least 0: "{config.keep_every}"')
+    """Raises UserError for rules that need what there is not."""
     if config.keep_best and not evaluates:
         raise UserError("checkpoint.keep_best needs held-out figures: set evaluate.every and data.eval_share")
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from falcon_dist import affinity, checkpoint, contract, masking, stacks
+from falcon_dist.agreement import check_agreement
 from falcon_dist.chat_template import set_template
 from falcon_dist.config import TrainConfig
 from falcon_dist.contract import RankResult
@@ -82,6 +83,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
         UserError: something given cannot be used; nothing was damaged.
     """
     affinity.take_threads(env)
+    check_agreement(config)
     world = World.from_env(env)
     rank_dir = Path(env[contract.RANK_DIR]) if contract.RANK_DIR in env else None
     reporter = Reporter(world, env, rank_dir)

@@ -32,8 +32,6 @@ class FullLowMemory(Replicated):
     steady = False
 
     def check(self, schedule: Schedule) -> None:
-        if self.config.precision != "bf16":
-            raise UserError(f'precision: strategy "full-lowmem" trains bf16 weights: "{self.config.precision}"')
         if schedule.grad_accum > 1:
             raise UserError(
                 f'loop: strategy "full-lowmem" frees each gradient at once and cannot accumulate {schedule.grad_accum} '

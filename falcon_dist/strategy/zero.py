@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from falcon_dist import train_state
+from falcon_dist.agreement import check_zero_settings
 from falcon_dist.config import StrategyName, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.adamw import decayed_groups
@@ -183,18 +184,11 @@ class Zero3(Zero1):
 
 def check_zero(config: TrainConfig) -> None:
     """Raises UserError for settings that no stage can follow, or where DeepSpeed is not installed."""
-    name = config.strategy
-    if config.precision == "bf16-autocast":
-        raise UserError(f'precision: strategy "{name}" trains bf16 or fp32 weights: "{config.precision}"')
-    if config.engine.kind != "native":
-        raise UserError(f'engine.kind: strategy "{name}" runs on torch\'s own kernels: "{config.engine.kind}"')
-    if config.checkpoint.background == "on":
-        raise UserError(
-            f'checkpoint.background: strategy "{name}" gathers its state while all ranks wait: "on"; set auto or off'
-        )
+    check_zero_settings(config)
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            f'strategy "{name}" needs DeepSpeed, which is not installed here: pip install "falcon-dist[deepspeed]"'
+            f'strategy "{config.strategy}" needs DeepSpeed, which is not installed here: '
+            'pip install "falcon-dist[deepspeed]"'
         )
 
 

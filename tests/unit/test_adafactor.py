@@ -107,12 +107,10 @@ def test_a_weight_is_clipped_by_its_own_norm() -> None:
     assert torch.allclose(optimizer.state[weight]["row"], torch.full((4,), 1 / 16), rtol=1e-5)
 
 
-def test_accumulation_and_other_precisions_are_refused() -> None:
+def test_accumulation_is_refused() -> None:
     schedule = Schedule(num_rows=8, micro_batch=1, grad_accum=2, world_size=1, total_steps=1, total_rows=2, seed=0)
     with pytest.raises(UserError, match=r"cannot accumulate 2 micro-batches; set loop\.micro_batch=2"):
         FullLowMemory(TrainConfig(), World()).check(schedule)
-    with pytest.raises(UserError, match="trains bf16 weights"):
-        FullLowMemory(TrainConfig(precision="fp32"), World()).check(schedule)
 
 
 def test_state_is_a_row_and_a_column_of_each_matrix_and_there_before_any_gradient() -> None:

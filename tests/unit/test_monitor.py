@@ -94,9 +94,7 @@ def test_settings_that_cannot_be_followed(config: EvaluateConfig, rows: int, mes
     assert message in str(error.value)
 
 
-def test_keeping_rules_that_contradict_each_other() -> None:
-    with pytest.raises(UserError, match="keep_last must be at least 1"):
-        keeping.check_keeping(CheckpointConfig(keep_last=0), evaluates=True)
+def test_the_best_is_not_kept_where_nothing_is_evaluated() -> None:
     with pytest.raises(UserError, match="keep_best needs held-out figures"):
         keeping.check_keeping(CheckpointConfig(keep_best=True), evaluates=False)
 
