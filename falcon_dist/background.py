@@ -59,7 +59,7 @@ def write_job(job: Job, team: Team) -> None:
         team.tell(name, "done", {"fault": fault} if fault else {})
         if fault:
             raise SaveError(fault)
-    elif job.shards:
+    elif team.rank in team.writers:  # also without a file of its own: every writer's part is waited for
         fault = _fault_of(lambda: _contribute(job, team))
         if fault:
             team.tell(name, f"part-{team.rank}", {"fault": f"rank {team.rank}: {fault}"})

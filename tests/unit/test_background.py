@@ -76,6 +76,17 @@ def test_parts_of_all_ranks_become_one_checkpoint(tmp_path: Path, count: int) ->
         assert torch.equal(optimizer[name], tensor)
 
 
+def test_a_writer_without_a_file_of_its_own_holds_nobody_up(tmp_path: Path) -> None:
+    """Adapters alone are one file; and one tensor can be larger than what falls to several ranks."""
+    adapters = Kept(weights={"a": torch.ones(4)}, optimizer={}, steps=1, describe=id, in_one_file=True)
+    ranks = Ranks(tmp_path, 3)
+    assert ranks.save(adapters, 1) == [None] * 3
+    whole = Kept(weights={"a": torch.ones(4), "b": torch.ones(999)}, optimizer={}, steps=1, describe=id)
+    assert {shard.writer for shard in whole.shards(writers=3, max_bytes=100)} < {0, 1, 2}
+    assert ranks.save(whole, 2) == [None] * 3
+    assert checkpoint.newest_verified(tmp_path).newest.step == 2
+
+
 @contextmanager
 def failing_write(monkeypatch: pytest.MonkeyPatch, shard: str) -> Iterator[None]:
     """A full disk where one file is written: the real write, into /dev/full."""
