@@ -50,16 +50,20 @@ def settle(root: Path, step: int, config: CheckpointConfig, best: int | None) ->
         point(root / BEST, path)
     if config.links is not None:
         point(Path(config.links) / f"checkpoint-{step}", path)
-    rotate(root, config, best)
+    rotate(root, step, config, best)
     if config.links is not None:
         drop_dead_links(Path(config.links))
 
 
-def rotate(root: Path, config: CheckpointConfig, best: int | None) -> Sequence[int]:
-    """Removes what may go; to be called when a new checkpoint is committed, not before."""
-    going = expendable(committed_steps(root), config, best)
-    for step in going:
-        path = root / checkpoint.folder_name(step)
+def rotate(root: Path, step: int, config: CheckpointConfig, best: int | None) -> Sequence[int]:
+    """Removes what may go; to be called when the checkpoint of ``step`` is committed, not before.
+
+    Checkpoints of later steps are neither counted nor removed: a resume refused them, and who counted them would remove
+    sound ones in their favour.
+    """
+    going = expendable([old for old in committed_steps(root) if old <= step], config, best)
+    for gone in going:
+        path = root / checkpoint.folder_name(gone)
         # Renamed first: half a checkpoint must never stand under the name of a whole one.
         partial = path.with_name(f"{path.name}.partial-rotated-{os.getpid()}")
         path.rename(partial)

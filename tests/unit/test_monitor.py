@@ -46,6 +46,15 @@ def test_settling_rotates_links_and_leaves_what_is_no_checkpoint_of_ours(tmp_pat
     assert (root / "step-000006").is_dir()
 
 
+@pytest.mark.parametrize(("keep_last", "left"), [(1, [250, 300]), (2, [200, 250, 300])])
+def test_a_later_checkpoint_that_was_refused_outlives_none_that_is_sound(tmp_path, keep_last, left) -> None:
+    """Resumed from 200, because a bit of 300 had flipped; 250 is the newest that can be trusted."""
+    for step in (100, 200, 250, 300):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    keeping.settle(tmp_path, 250, CheckpointConfig(keep_last=keep_last), best=None)
+    assert keeping.committed_steps(tmp_path) == left
+
+
 POINTS = [Point(2, 3.0), Point(4, 2.5), Point(6, 2.45), Point(8, 2.6)]
 
 
