@@ -11,6 +11,7 @@ from typing import Final
 from falcon_dist import checkpoint
 from falcon_dist.config import CheckpointConfig
 from falcon_dist.contract import UserError
+from falcon_dist.monitor import Point, best_of
 
 BEST: Final = "best"
 """Link beside the checkpoints to the one of the lowest held-out loss."""
@@ -43,16 +44,36 @@ def committed_steps(root: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def settle(root: Path, step: int, config: CheckpointConfig, best: int | None) -> None:
-    """What follows a commit: links that show the way to it, older checkpoints that may go now."""
+def settle(root: Path, step: int, config: CheckpointConfig, points: Sequence[Point], min_gain: float = 0.0) -> None:
+    """What follows a commit: links that show the way to it, older checkpoints that may go now.
+
+    Args:
+        root: folder of checkpoints.
+        step: the one that was committed.
+        config: what is kept.
+        points: held-out losses that were known when it was saved.
+        min_gain: nats a token by which a loss must be lower to count as such.
+
+    Raises:
+        UserError: something that is no link is in the way of one.
+        OSError: the folder of checkpoints, or that of the links, cannot be written.
+    """
     path = root / checkpoint.folder_name(step)
-    if config.keep_best and best == step:
-        point(root / BEST, path)
+    best = best_kept(root, step, points, min_gain)
+    if config.keep_best and best is not None:
+        point(root / BEST, root / checkpoint.folder_name(best))
     if config.links is not None:
         point(Path(config.links) / f"checkpoint-{step}", path)
     rotate(root, step, config, best)
     if config.links is not None:
         drop_dead_links(Path(config.links))
+
+
+def best_kept(root: Path, step: int, points: Sequence[Point], min_gain: float) -> int | None:
+    """The best step up to this one that has a checkpoint: the save of a better one may have failed."""
+    there = {old for old in committed_steps(root) if old <= step}
+    best = best_of([known for known in points if known.step in there], min_gain)
+    return best.step if best else None
 
 
 def rotate(root: Path, step: int, config: CheckpointConfig, best: int | None) -> Sequence[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from falcon_dist.engine.named import NamedOptimizer
 from falcon_dist.interval import Saved, advice
 from falcon_dist.keeping import settle
 from falcon_dist.layout import parse_size
-from falcon_dist.monitor import Monitor
+from falcon_dist.monitor import Monitor, Point
 from falcon_dist.run import Run, run_facts
 from falcon_dist.team import Team
 from falcon_dist.train_state import Kept
@@ -145,7 +146,7 @@ class Saver:
             write_rest=partial(train_state.write_rest, kept=kept, shards=shards),
             facts=self._facts(),
         )
-        self._writer.begin(job, partial(self._settle, step, self.monitor.best_step))
+        self._writer.begin(job, partial(self._settle, step, tuple(self.monitor.points)))
         if not self._in_background:
             self._writer.finish()
 
@@ -157,7 +158,7 @@ class Saver:
         ranks = self.run.world.local_world_size
         return self.run.strategy.steady and ranks * copied_bytes < MOST_OF_ROOM * host_memory.room_bytes(ranks)
 
-    def _settle(self, step: int, best: int | None, fault: str | None) -> None:
+    def _settle(self, step: int, points: Sequence[Point], fault: str | None) -> None:
         """What follows a save on the rank that leads."""
         if not self.team.leads:
             return
@@ -166,7 +167,8 @@ class Saver:
                 f"checkpoint of step {step} was not written: {fault}; earlier ones are untouched, training goes on"
             )
             return
-        settle(self.run.checkpoints, step, self.run.config.checkpoint, best)
+        config = self.run.config
+        settle(self.run.checkpoints, step, config.checkpoint, points, config.evaluate.min_gain)
         self.run.reporter.checkpoint(self.run.checkpoints / checkpoint.folder_name(step), step)
 
     def _save_together(self, step: int) -> None:
@@ -177,7 +179,7 @@ class Saver:
             return
         with checkpoint.committed(run.checkpoints, step, self._facts()) as folder:
             run.strategy.save(folder, self.model, self.tokenizer, self.optimizer)
-        self._settle(step, self.monitor.best_step, None)
+        self._settle(step, tuple(self.monitor.points), None)
 
     def _check_finite(self, step: int) -> None:
         """The loop looks at loss and gradients of a step after its update, where this step may never have come to."""

@@ -35,14 +35,14 @@ def test_settling_rotates_links_and_leaves_what_is_no_checkpoint_of_ours(tmp_pat
     for step in (2, 4, 6):
         (root / f"step-{step:06d}").mkdir(parents=True)
         (root / "step-note").mkdir(exist_ok=True)
-        keeping.settle(root, step, rules, best=2)
+        keeping.settle(root, step, rules, [Point(2, 1.0)])
     assert sorted(p.name for p in root.iterdir()) == ["best", "step-000002", "step-000006", "step-note"]
     assert (root / "best").resolve() == (root / "step-000002").resolve()
     assert sorted(p.name for p in links.iterdir()) == ["checkpoint-2", "checkpoint-6"]
     (links / "checkpoint-8").mkdir()
     (root / "step-000008").mkdir()
     with pytest.raises(UserError, match=r"checkpoint-8\" is in the way and no link"):
-        keeping.settle(root, 8, rules, best=2)
+        keeping.settle(root, 8, rules, [Point(2, 1.0)])
     assert (root / "step-000006").is_dir()
 
 
@@ -51,8 +51,30 @@ def test_a_later_checkpoint_that_was_refused_outlives_none_that_is_sound(tmp_pat
     """Resumed from 200, because a bit of 300 had flipped; 250 is the newest that can be trusted."""
     for step in (100, 200, 250, 300):
         (tmp_path / f"step-{step:06d}").mkdir()
-    keeping.settle(tmp_path, 250, CheckpointConfig(keep_last=keep_last), best=None)
+    keeping.settle(tmp_path, 250, CheckpointConfig(keep_last=keep_last), [])
     assert keeping.committed_steps(tmp_path) == left
+
+
+def test_the_best_that_is_kept_stays_where_a_better_one_could_not_be_saved(tmp_path: Path) -> None:
+    """Step 4 was better than 2, but the disk was full; 8 is the next that is saved."""
+    rules, best = CheckpointConfig(keep_last=1, keep_best=True), tmp_path / "best"
+    points = [Point(2, 3.0), Point(4, 2.0), Point(6, 2.9), Point(8, 3.5)]
+    for step in (2, 6, 8):
+        (tmp_path / f"step-{step:06d}").mkdir()
+        keeping.settle(tmp_path, step, rules, points[: step // 2], min_gain=0.5)
+        assert best.resolve().name == "step-000002"
+    assert keeping.committed_steps(tmp_path) == [2, 8]
+    keeping.settle(tmp_path, 8, rules, points)
+    assert best.resolve().is_dir()
+
+
+def test_a_link_to_the_best_that_leads_nowhere_is_set_right_by_the_next_save(tmp_path: Path) -> None:
+    """Somebody removed the checkpoint of step 4 by hand."""
+    (tmp_path / "best").symlink_to("step-000004")
+    for step in (2, 6):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    keeping.settle(tmp_path, 6, CheckpointConfig(keep_best=True), POINTS)
+    assert (tmp_path / "best").resolve().name == "step-000006"
 
 
 POINTS = [Point(2, 3.0), Point(4, 2.5), Point(6, 2.45), Point(8, 2.6)]
