@@ -167,9 +167,19 @@ class Saver:
                 f"checkpoint of step {step} was not written: {fault}; earlier ones are untouched, training goes on"
             )
             return
-        config = self.run.config
-        settle(self.run.checkpoints, step, config.checkpoint, points, config.evaluate.min_gain)
         self.run.reporter.checkpoint(self.run.checkpoints / checkpoint.folder_name(step), step)
+        self._tidy(step, points)
+
+    def _tidy(self, step: int, points: Sequence[Point]) -> None:
+        """Links and rotation; where they fail the checkpoint is whole all the same, and the next save tries again."""
+        config = self.run.config
+        try:
+            settle(self.run.checkpoints, step, config.checkpoint, points, config.evaluate.min_gain)
+        except (UserError, OSError) as error:
+            self.run.reporter.line(
+                f"checkpoint of step {step} is whole, but links and rotation after it failed: {error}; "
+                "older checkpoints are left, the next save tries again"
+            )
 
     def _save_together(self, step: int) -> None:
         """Rank 0 commits; the others give what is theirs."""

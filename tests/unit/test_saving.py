@@ -1,0 +1,50 @@
+"""What a saver of one rank does and tells where a save, or what follows one, goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from saves.ranks import bare_run, bare_saver
+from torch.distributed import HashStore
+
+from falcon_dist import checkpoint, keeping
+from falcon_dist.config import CheckpointConfig
+from falcon_dist.saving import Saver
+from falcon_dist.team import Team
+from falcon_dist.world import World
+
+
+def saver_of(root: Path, rules: CheckpointConfig) -> Saver:
+    run = bare_run(World(), {}, root)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, checkpoint=rules))
+    return bare_saver(run, Team(board=HashStore(), rank=0, writers=(0,)))
+
+
+def test_links_that_cannot_be_made_are_told_and_the_checkpoint_counts(tmp_path: Path, capsys) -> None:
+    """The Trainer of an older run left a folder where the link is to be."""
+    links = tmp_path / "results"
+    (links / "checkpoint-4").mkdir(parents=True)
+    saver = saver_of(tmp_path, CheckpointConfig(keep_last=1, links=str(links)))
+    for step in (2, 4):
+        saver.save(step)
+        saver.finish()
+    said = capsys.readouterr().out
+    newest = saver.run.checkpoints / "step-000004"
+    assert f"checkpoint {newest}\n" in said
+    assert checkpoint.fault_of(newest) is None
+    assert "checkpoint of step 4 is whole, but links and rotation after it failed: checkpoint.links: " in said
+    assert 'checkpoint-4" is in the way and no link; move it; older checkpoints are left' in said
+    assert keeping.committed_steps(saver.run.checkpoints) == [2, 4]
+    saver.save(6)
+    saver.finish()
+    assert keeping.committed_steps(saver.run.checkpoints) == [6]
+    assert (links / "checkpoint-6").resolve().name == "step-000006"
+
+
+def test_a_folder_of_links_that_cannot_be_made_is_told_too(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    saver = saver_of(tmp_path, CheckpointConfig(links=str(tmp_path / "file" / "results")))
+    saver.save(2)
+    saver.finish()
+    assert "links and rotation after it failed: [Errno 20] Not a directory" in capsys.readouterr().out
