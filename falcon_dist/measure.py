@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from falcon_dist import checkpoint
 from falcon_dist.evaluate import held_out
 from falcon_dist.generate import Sampling, answer
-from falcon_dist.monitor import Monitor, Point, evaluation_lines, prompts_of, write_evaluation
+from falcon_dist.monitor import Monitor, Point, Verdict, evaluation_lines, prompts_of, write_evaluation
 from falcon_dist.process_group import agree_on
 from falcon_dist.run import Run
 
@@ -38,6 +38,24 @@ def make_monitor(
         measure=lambda: measure(run, model, tokenizer, "evaluate"),
         tell=tell,
     )
+
+
+def catch_up(run: Run, monitor: Monitor, start: int) -> Verdict:
+    """The held-out figures of the step that a run goes on from, where they were due and the checkpoint lacks them.
+
+    A survivor's checkpoint is written between a step and its evaluation. To be called by all ranks, before the trainer
+    wraps the model.
+    """
+    known = any(point.step == start for point in monitor.points)
+    if not start or known or not monitor.is_due(start) or not len(run.store.evaluation):
+        return Verdict()
+    return monitor.after_step(start)
+
+
+def tell_early_stop(run: Run, monitor: Monitor, step: int) -> None:
+    """Says why training ended at this step, if it was not the last one."""
+    if monitor.stopped:
+        run.reporter.line(f"stopped early at step {step}: no lower held-out loss since step {monitor.best_step}")
 
 
 def measure_base(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

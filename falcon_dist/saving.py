@@ -73,6 +73,11 @@ class Saver:
         if len(self.saves) == ADVISED_AT and (line := advice(self.saves, self.run.config.checkpoint.failure_hours)):
             self.run.reporter.line(line)
 
+    def keep(self, step: int) -> None:
+        """A step that has its checkpoint turned out to be the best: link and rotation as after its save."""
+        if self.team.leads:
+            self._tidy(step, tuple(self.monitor.points))
+
     def check_replicas(self, step: int) -> None:
         """Compares all ranks' state where it is due.
 

@@ -36,7 +36,7 @@ from falcon_dist.loop import (
     row_stream,
     trainer_settings,
 )
-from falcon_dist.measure import make_monitor, measure, measure_base
+from falcon_dist.measure import catch_up, make_monitor, measure, measure_base, tell_early_stop
 from falcon_dist.metrics import Reporter
 from falcon_dist.monitor import (
     Monitor,
@@ -190,12 +190,6 @@ def _fit(
     monitor: Monitor,
 ) -> int:
     """Trains from step ``start`` to the last step, whose number it returns."""
-    if start >= run.schedule.total_steps or monitor.stopped:
-        run.reporter.line(f"all {start} steps are done already")
-        return start
-    check_profile(run.config.report.profile, run.schedule.total_steps - start)
-    form = TrainingForm(model, choose(model.config, run.config.model, run.config.engine))
-    run.reporter.line(form.line(run.config.engine.kind))
     saver = Saver(
         run=run,
         team=team,
@@ -205,6 +199,15 @@ def _fit(
         monitor=monitor,
         updates=Updates(start, optimizer),
     )
+    if catch_up(run, monitor, start).save and run.config.checkpoint.keep_best:
+        saver.keep(start)
+    if start >= run.schedule.total_steps or monitor.stopped:
+        tell_early_stop(run, monitor, start)
+        run.reporter.line(f"all {start} steps are done already")
+        return start
+    check_profile(run.config.report.profile, run.schedule.total_steps - start)
+    form = TrainingForm(model, choose(model.config, run.config.model, run.config.engine))
+    run.reporter.line(form.line(run.config.engine.kind))
     with run.reporter.phase("train"), form.training():
         return _run_trainer(run, saver, form, start=start)
 
@@ -267,9 +270,7 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
     saver.finish()
     if callback.last_step != run.schedule.total_steps and not (monitor.stopped or stopper.agreed):
         raise RuntimeError(f"trained to step {callback.last_step} of {run.schedule.total_steps}")
-    if monitor.stopped:
-        best = f"no lower held-out loss since step {monitor.best_step}"
-        run.reporter.line(f"stopped early at step {callback.last_step}: {best}")
+    tell_early_stop(run, monitor, callback.last_step)
     return callback.last_step
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from launching import launch, only_run, weights_digest, write_inputs
 
+from falcon_dist import checkpoint
+
 
 def test_run_evaluates_keeps_its_best_and_rotates(tmp_path: Path) -> None:
     recipe = write_inputs(tmp_path)
@@ -52,6 +54,31 @@ def test_early_stop_ends_well_and_a_resume_finds_nothing_left_to_do(tmp_path: Pa
     assert again.returncode == 0, again.stdout + again.stderr
     assert "all 3 steps are done already" in again.stdout
     assert weights_digest(last) == before
+
+
+def test_a_survivors_checkpoint_is_evaluated_before_anything_is_trained(tmp_path: Path) -> None:
+    """It was written between step 2 and its evaluation, which would have ended the run."""
+    recipe = write_inputs(tmp_path)
+    sets = (
+        *("evaluate.every=1", "evaluate.patience=1", "evaluate.min_gain=100.0", "evaluate.base=false"),
+        *("checkpoint.keep_best=true", "checkpoint.every=1"),
+    )
+    flags = [word for item in sets for word in ("--set", item)]
+    done = launch(tmp_path, "--nproc-per-node", "2", "--recipe", str(recipe), "--run-id", "r", *flags)
+    assert "stopped early at step 2: no lower held-out loss since step 1" in done.stdout, done.stdout + done.stderr
+    run = tmp_path / "runs" / "r"
+    last = run / "checkpoints" / "step-000002"
+    known, files = checkpoint.read(last).facts, json.loads((last / "manifest.json").read_text())["files"]
+    assert [step for step, _ in known["evaluations"]] == [1, 2]
+    told = checkpoint.manifest_text({**known, "evaluations": known["evaluations"][:1]}, files)
+    (last / "manifest.json").write_text(told)
+    again = launch(tmp_path, "--resume", "r", "--nproc-per-node", "2")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "stopped early at step 2: no lower held-out loss since step 1" in again.stdout
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert lines[1]["held_out"] == lines[2]["held_out"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best", "step-000001", "step-000002"]
 
 
 def test_the_command_of_2023_trains_links_and_says_what_it_understood(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from falcon_dist import keeping
 from falcon_dist.config import CheckpointConfig, EvaluateConfig
 from falcon_dist.contract import UserError
+from falcon_dist.measure import catch_up
 from falcon_dist.monitor import Monitor, Point, Verdict, best_of, check_evaluate, exhausted, read_prompts
 
 
@@ -107,6 +109,25 @@ def test_monitor_measures_when_due_and_goes_on_from_what_it_knows() -> None:
     assert monitor.best_step == 6
     assert monitor.last is not None
     assert monitor.last[0] == 10
+
+
+@pytest.mark.parametrize(
+    ("start", "known", "rows", "measured"),
+    [(6, 3, 5, [6]), (6, 6, 5, []), (5, 3, 5, []), (10, 9, 5, [10]), (0, 0, 5, []), (6, 3, 0, [])],
+)
+def test_a_resumed_run_makes_the_evaluation_that_its_checkpoint_lacks(start, known, rows, measured) -> None:
+    told: list[int] = []
+    monitor = Monitor(
+        EvaluateConfig(every=3, patience=1),
+        total_steps=10,
+        points=[Point(known, 2.0)] if known else [],
+        measure=lambda: {"held_out": {"loss": 2.5}},
+        tell=lambda step, figures: told.append(step),
+    )
+    run = SimpleNamespace(store=SimpleNamespace(evaluation=range(rows)))
+    verdict = catch_up(run, monitor, start)
+    assert told == measured
+    assert verdict.stop == monitor.stopped == bool(measured)
 
 
 @pytest.mark.parametrize(

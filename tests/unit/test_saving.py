@@ -10,6 +10,7 @@ from torch.distributed import HashStore
 
 from falcon_dist import checkpoint, keeping
 from falcon_dist.config import CheckpointConfig
+from falcon_dist.monitor import Point
 from falcon_dist.saving import Saver
 from falcon_dist.team import Team
 from falcon_dist.world import World
@@ -48,3 +49,16 @@ def test_a_folder_of_links_that_cannot_be_made_is_told_too(tmp_path: Path, capsy
     saver.save(2)
     saver.finish()
     assert "links and rotation after it failed: [Errno 20] Not a directory" in capsys.readouterr().out
+
+
+def test_a_resumed_step_that_turns_out_to_be_the_best_is_kept_as_such(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path, CheckpointConfig(keep_last=1, keep_best=True))
+    saver.monitor.points = (Point(2, 3.0),)
+    for step in (2, 4):  # that of step 4 as a survivor saves it: nothing is known of it yet
+        saver.save(step)
+        saver.finish()
+    assert keeping.committed_steps(saver.run.checkpoints) == [2, 4]
+    saver.monitor.points = (Point(2, 3.0), Point(4, 2.0))
+    saver.keep(4)
+    assert (saver.run.checkpoints / "best").resolve().name == "step-000004"
+    assert keeping.committed_steps(saver.run.checkpoints) == [4]
