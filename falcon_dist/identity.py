@@ -11,7 +11,8 @@ from typing import Any, Final
 from transformers.utils import cached_file
 
 import falcon_dist
-from falcon_dist.config import ModelConfig
+from falcon_dist.config import ModelConfig, TrainConfig
+from falcon_dist.contract import UserError
 from falcon_dist.engine.native import base_of
 
 TOKENIZER_FILES: Final = (
@@ -22,9 +23,23 @@ SETTINGS: Final = ("global_batch", "seed", "total_steps", "precision", "strategy
 """Where these differ, other rows or another state would be trained."""
 MADE_OF: Final = ("rows", "tokenizer", "model_config")
 """Digests that must be the same."""
+ADAPTERS: Final = ("base_weights", "lora_rank", "lora_alpha", "lora_targets")
+"""Of strategy lora: what adapters stand beside, and how; their checkpoints do not hold it."""
 TOLD_ONLY: Final = ("code",)
 """A run may go on with a newer version of this project; that is said."""
-NAMES: Final = {"rows": "data (packed rows)", "model_config": "model config", "code": "falcon-dist code"}
+NAMES: Final = {
+    "rows": "data (packed rows)",
+    "model_config": "model config",
+    "code": "falcon-dist code",
+    "base_weights": "base weights (fingerprint)",
+    "lora_rank": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_targets": "lora.targets",
+}
+WEIGHTS: Final = "model.safetensors"
+BLOCKS: Final = 64
+"""Places of each weights file that a fingerprint reads."""
+BLOCK_BYTES: Final = 64 << 10
 SHOWN: Final = 12
 """Digits of a digest that a person is shown."""
 Difference = tuple[str, str, str]
@@ -45,14 +60,62 @@ def identity_of(model: str, config: ModelConfig) -> dict[str, str]:
     }
 
 
+def adapters_identity(model: str, config: TrainConfig) -> dict[str, str]:
+    """What adapters are trained beside; nothing for strategies whose checkpoints hold all weights.
+
+    Raises:
+        UserError: the list of the weights' files is none.
+    """
+    if config.strategy != "lora":
+        return {}
+    lora = config.lora
+    return {
+        "base_weights": _fingerprint(base_of(model), config.model),
+        "lora_rank": str(lora.rank),
+        "lora_alpha": f"{lora.alpha:g}",
+        "lora_targets": ", ".join(sorted(lora.targets)) or "the attention's",
+    }
+
+
+def _fingerprint(model: str, config: ModelConfig) -> str:
+    """Hex sha256 over name, size and BLOCKS evenly spaced blocks of every weights file.
+
+    A few MB of each are read, for a model may have hundreds of GB. Other weights show in it; one changed byte need not.
+    """
+    whole = hashlib.sha256()
+    for path in _weights_files(model, config):
+        size = path.stat().st_size
+        whole.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for place in sorted({max(0, size - BLOCK_BYTES) * n // (BLOCKS - 1) for n in range(BLOCKS)}):
+                file.seek(place)
+                whole.update(file.read(BLOCK_BYTES))
+    return whole.hexdigest()
+
+
+def _weights_files(model: str, config: ModelConfig) -> list[Path]:
+    """The files that transformers takes the weights from, in order of their names; none where there are none."""
+    index = None if _found(model, config, WEIGHTS) else _found(model, config, f"{WEIGHTS}.index.json")
+    try:
+        names = sorted({*json.loads(index.read_bytes())["weight_map"].values()}) if index else [WEIGHTS]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'model.name: "{index}" does not list the files of the weights; fetch it again') from error
+    return [path for name in names if (path := _found(model, config, name))]
+
+
 def _digest(model: str, config: ModelConfig, names: Sequence[str]) -> str:
-    revision = "main" if Path(model).exists() else config.revision or "main"
     whole = hashlib.sha256()
     for name in names:
-        found = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        if found:
-            whole.update(f"{name}\0".encode() + _content(Path(found)))
+        if found := _found(model, config, name):
+            whole.update(f"{name}\0".encode() + _content(found))
     return whole.hexdigest()
+
+
+def _found(model: str, config: ModelConfig, name: str) -> Path | None:
+    """A file of a folder or hub name, where it has one of this name."""
+    revision = "main" if Path(model).exists() else config.revision or "main"
+    found = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
 
 
 def _content(path: Path) -> bytes:
@@ -75,12 +138,14 @@ def code_digest(package: Path) -> str:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> list[Difference]:
     """What is not as it was, of the facts that the checkpoint tells. Pure."""
-    return [(NAMES.get(k, k), _short(then[k]), _short(now[k])) for k in keys if k in then and then[k] != now[k]]
+    both = [key for key in keys if key in then and key in now]  # what only one strategy has goes with "strategy"
+    return [(NAMES.get(k, k), _short(then[k]), _short(now[k])) for k in both if then[k] != now[k]]
 
 
-def unknown(then: Mapping[str, Any]) -> list[str]:
+def unknown(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What a checkpoint does not tell of, because it was saved before this was kept. Pure."""
-    return [NAMES.get(key, key) for key in (*MADE_OF, *TOLD_ONLY) if key not in then]
+    asked = (*MADE_OF, *(key for key in ADAPTERS if key in now), *TOLD_ONLY)
+    return [NAMES.get(key, key) for key in asked if key not in then]
 
 
 def table(rows: Sequence[Difference]) -> list[str]:

@@ -137,7 +137,7 @@ def _handed_out(
 def _check_same_run(run: Run, chosen: checkpoint.Checkpoint) -> None:
     """Raises UserError where going on would train something else than the run began with."""
     now = run_facts(run)
-    if odd := identity.differences(chosen.facts, now, (*identity.MADE_OF, *identity.SETTINGS)):
+    if odd := identity.differences(chosen.facts, now, (*identity.MADE_OF, *identity.ADAPTERS, *identity.SETTINGS)):
         for line in identity.table(odd):
             run.reporter.line(line)
         name, then, here = odd[0]
@@ -149,5 +149,5 @@ def _check_same_run(run: Run, chosen: checkpoint.Checkpoint) -> None:
     if odd := identity.differences(chosen.facts, now, identity.TOLD_ONLY):
         for line in (f"{chosen.path.name} was saved by another version:", *identity.table(odd)):
             run.reporter.line(line)
-    if missing := identity.unknown(chosen.facts):
+    if missing := identity.unknown(chosen.facts, now):
         run.reporter.line(f"not compared, for {chosen.path.name} does not tell of it: {', '.join(missing)}")

@@ -26,7 +26,7 @@ from falcon_dist.engine.form import TrainingForm, choose
 from falcon_dist.engine.named import NamedOptimizer
 from falcon_dist.engine.native import load_config, load_model, load_tokenizer, stay_in_place
 from falcon_dist.host_memory import total_bytes
-from falcon_dist.identity import identity_of
+from falcon_dist.identity import adapters_identity, identity_of
 from falcon_dist.keeping import check_keeping
 from falcon_dist.learning_rate import make_scheduler
 from falcon_dist.loop import (
@@ -107,7 +107,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
         schedule=schedule,
         reporter=reporter,
         strategy=make_strategy(config, world),
-        identity=identity_of(prepared.model, config.model),
+        identity=identity_of(prepared.model, config.model) | adapters_identity(prepared.model, config),
     )
     run.strategy.check(schedule)
     check_evaluate(config.evaluate, len(store.evaluation), prompts_of(config.evaluate) if world.is_main else ())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from launching import launch, only_run, run_python, step_records, weights_digest, write_inputs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import SHAPES, make_model
 
 from falcon_dist.config import LoraConfig, TrainConfig
@@ -87,6 +88,24 @@ def test_resumed_on_two_ranks_has_the_same_adapters_and_state(whole: Path, tmp_p
     assert min(step_records(tmp_path / "runs" / "r", attempt=2)) == 5
     assert weights_digest(checkpoints / "step-000008", ADAPTER) == weights_digest(last(whole), ADAPTER)
     assert len(weights_digest(last(whole), ADAPTER)) == 3
+
+
+def test_other_base_weights_and_other_adapters_are_refused_in_a_table(whole: Path, tmp_path: Path) -> None:
+    """The same folder was exported again: its config.json is the same, its weights are not."""
+    shutil.copytree(only_run(whole), tmp_path / "runs" / "r")
+    weights = whole / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    changed = {name: tensor * 1.01 for name, tensor in load_file(weights).items()}
+    try:
+        save_file(changed, weights, metadata={"format": "pt"})
+        other = launch(tmp_path, "--resume", "r", "--nproc-per-node", "2", "--set", "lora.alpha=8")
+    finally:
+        weights.write_bytes(before)
+    assert other.returncode == 2, other.stdout + other.stderr
+    assert '--resume: base weights (fingerprint) was "' in other.stderr
+    assert "(and 1 more, see above)" in other.stderr
+    assert re.search(r"base weights \(fingerprint\)  ([0-9a-f]{12})  (?!\1)[0-9a-f]{12}\n", other.stdout), other.stdout
+    assert re.search(r"lora.alpha +32 +8\n", other.stdout)
 
 
 def test_chat_and_compare_take_a_folder_of_adapters(whole: Path, tmp_path: Path) -> None:
