@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from falcon_dist.config import StrategyName
-from falcon_dist.contract import UserError
+from falcon_dist.config import StrategyName, TrainConfig
+from falcon_dist.contract import UnsoundError, UserError
 from falcon_dist.engine.adafactor import Adafactor
 from falcon_dist.engine.adamw import decayed_groups
 from falcon_dist.order import Schedule
 from falcon_dist.strategy.replicated import Replicated
+from falcon_dist.world import World
 
 
 class FullLowMemory(Replicated):
@@ -31,7 +32,12 @@ class FullLowMemory(Replicated):
     name: StrategyName = "full-lowmem"
     steady = False
 
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        super().__init__(config, world)
+        self._schedule: Schedule | None = None
+
     def check(self, schedule: Schedule) -> None:
+        self._schedule = schedule
         if schedule.grad_accum > 1:
             raise UserError(
                 f'loop: strategy "full-lowmem" frees each gradient at once and cannot accumulate {schedule.grad_accum} '
@@ -40,7 +46,10 @@ class FullLowMemory(Replicated):
             )
 
     def make_optimizer(self, model: PreTrainedModel) -> Adafactor:
-        """Adafactor, hooked to every parameter: its gradient is taken as soon as it is whole."""
+        """Adafactor, hooked to every parameter: its gradient is taken as soon as it is whole.
+
+        Within backward UnsoundError is raised where a gradient is not finite; that weight is as it was.
+        """
         optim = self.config.optim
         optimizer = Adafactor(
             decayed_groups(model.named_parameters(), optim.weight_decay),
@@ -58,13 +67,19 @@ class FullLowMemory(Replicated):
             try:
                 optimizer.step_one(param, grad)
             except FloatingPointError as error:
-                raise FloatingPointError(f"{names[param]}: {error} at step {optimizer.steps + 1}") from error
+                raise UnsoundError(f"{names[param]}: {error} {self._place(optimizer.steps + 1)}") from error
 
         for param in names:
             param.register_post_accumulate_grad_hook(take)
         # Not to be wrapped in DDP, whose buckets hold every gradient.
         model._is_accelerate_prepared = True
         return optimizer
+
+    def _place(self, step: int) -> str:
+        """Which step it is, from 1, and the rows in it; of the ranks' average nobody can tell whose rows they were."""
+        ranks = range(self.world.world_size)
+        rows = [f"rank {r} had rows {self._schedule.rows_of_rank(step - 1, r)}" for r in ranks if self._schedule]
+        return f"at step {step}: {'' if len(ranks) == 1 else 'averaged over all ranks; '}{'; '.join(rows)}"
 
     def _average(self, grad: Tensor) -> None:
         if self.world.world_size > 1:

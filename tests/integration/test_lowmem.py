@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from launching import launch, only_run, step_records, weights_digest, write_inputs
+from safetensors.torch import load_file, save_file
+from tiny_models import falcon_7b, write_model
+
+from falcon_dist import contract
 
 FLAGS = ("--nproc-per-node", "2", "--set", "strategy=full-lowmem", "--set", "loop.micro_batch=2")
 
@@ -43,3 +48,18 @@ def test_accumulation_is_refused_before_anything_is_loaded(tmp_path: Path) -> No
     done = launch(tmp_path, "--recipe", recipe, "--set", "strategy=full-lowmem", "--nproc-per-node", "1")
     assert done.returncode == 2
     assert "cannot accumulate 4 micro-batches; set loop.micro_batch=4 and loop.grad_accum=1" in done.stderr
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_for_good(tmp_path: Path) -> None:
+    recipe = write_inputs(tmp_path)
+    write_model(tmp_path / "model", falcon_7b(tie_word_embeddings=False))
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"][5, 0] = 1e30
+    save_file(weights, file, metadata={"format": "pt"})
+    flags = (*FLAGS, "--set", "evaluate.base=false", "--max-restarts", "2")
+    done = launch(tmp_path, "--recipe", str(recipe), "--run-id", "r", *flags)
+    assert done.returncode == contract.EXIT_UNSOUND, done.stdout + done.stderr
+    told = r"the norm of a gradient is \w+ at step 1: averaged over all ranks; rank 0 had rows \[.*; rank 1 had rows \["
+    assert re.search(told, done.stdout + done.stderr), done.stdout + done.stderr
+    assert not (tmp_path / "runs" / "r" / "attempt_2").exists()
