@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from falcon_dist import checkpoint, host_memory, replicas, train_state
+from falcon_dist import checkpoint, host_memory, replicas, together, train_state
 from falcon_dist.background import Copies, Job, Writer
 from falcon_dist.contract import UserError
 from falcon_dist.emergency import Updates
@@ -51,6 +51,7 @@ class Saver:
         self._copies = Copies()
         self._compared = 0
         self._in_background: bool | None = None
+        self._fault: str | None = None
         self._writer = Writer(self.team)
 
     @property
@@ -102,7 +103,7 @@ class Saver:
             UserError: it failed, and no later one can make up for it.
         """
         with self.run.reporter.phase("save"):
-            fault = self._writer.finish()
+            fault = self._writer.finish() or self._fault
         if fault:
             raise UserError(
                 f'checkpoint: cannot write in "{self.run.checkpoints}": {fault}; earlier checkpoints are untouched; '
@@ -188,13 +189,15 @@ class Saver:
 
     def _save_together(self, step: int) -> None:
         """Rank 0 commits; the others give what is theirs."""
-        run = self.run
-        if not run.world.is_main:
-            run.strategy.save(None, self.model, self.tokenizer, self.optimizer)
-            return
-        with checkpoint.committed(run.checkpoints, step, self._facts()) as folder:
-            run.strategy.save(folder, self.model, self.tokenizer, self.optimizer)
-        self._settle(step, tuple(self.monitor.points), None)
+        run, of_model = self.run, (self.model, self.tokenizer, self.optimizer)
+        self._fault = together.save(
+            self.team,
+            run.checkpoints / checkpoint.folder_name(step),
+            {"step": step, **self._facts()},
+            total_bytes=run.strategy.saved_bytes(*of_model),
+            give=lambda folder: run.strategy.save(folder, *of_model),
+        )
+        self._settle(step, tuple(self.monitor.points), self._fault)
 
     def _check_finite(self, step: int) -> None:
         """The loop looks at loss and gradients of a step after its update, where this step may never have come to."""

@@ -90,6 +90,12 @@ class Replicated:
             return {}
         return dict(sorted(optimizer.named_state(train_state.parameter_names(model)).items()))
 
+    def saved_bytes(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: NamedOptimizer) -> int:
+        """Bytes of all tensors that ``save`` writes."""
+        kept = self.kept(model, tokenizer, optimizer)
+        assert kept is not None
+        return sum(tensor.nbytes for tensor in kept.tensors.values())
+
     def save(
         self,
         folder: Path | None,
@@ -97,7 +103,11 @@ class Replicated:
         tokenizer: PreTrainedTokenizerBase,
         optimizer: NamedOptimizer,
     ) -> None:
-        """Writes weights and state into ``folder``; called on every rank, only rank 0 has a folder."""
+        """Writes weights and state into ``folder``; called on every rank, only rank 0 has a folder.
+
+        Raises:
+            OSError: rank 0 cannot write; it has taken part in all that the others take part in.
+        """
         kept = self.kept(model, tokenizer, optimizer)
         if folder is None or kept is None:
             return

@@ -7,7 +7,7 @@ when it is written, so nothing in them tells how many ranks there were.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -100,22 +100,33 @@ class Zero1(Replicated):
         optimizer: NamedOptimizer,
     ) -> None:
         """Rank 0 writes one tensor after the other, of which all ranks give their parts."""
+        kept = self._described(model, tokenizer, optimizer)
+        shards = kept.shards(writers=1, max_bytes=parse_size(self.config.checkpoint.max_shard_size))
+        left = iter([name for shard in shards for name in shard.tensors])
+        live = self._live(model)
+        try:
+            if folder is not None:
+                # Gathers in the order of ``left``, as the others do.
+                train_state.write_shards(folder, shards, kept.tensors, lambda _: whole(live, next(left)))
+        except OSError:
+            _gather_rest(live, left)
+            raise
+        _gather_rest(live, left)
+        if folder is not None:
+            train_state.write_rest(folder, kept, shards)
+
+    def saved_bytes(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: NamedOptimizer) -> int:
+        return sum(tensor.nbytes for tensor in self._described(model, tokenizer, optimizer).tensors.values())
+
+    def _described(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: NamedOptimizer) -> Kept:
+        """What a checkpoint holds, without any values."""
         assert isinstance(optimizer, PartitionedAdamW)
-        kept = Kept(
+        return Kept(
             weights=self._weights,
             optimizer=self._state_shapes(),
             steps=optimizer.updates,
             describe=partial(train_state.describe_model, model, tokenizer),
         )
-        shards = kept.shards(writers=1, max_bytes=parse_size(self.config.checkpoint.max_shard_size))
-        gathered = partial(whole, self._live(model))
-        if folder is None:
-            for shard in shards:
-                for name in shard.tensors:
-                    gathered(name)
-            return
-        train_state.write_shards(folder, shards, kept.tensors, gathered)
-        train_state.write_rest(folder, kept, shards)
 
     def load(
         self, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: NamedOptimizer
@@ -180,6 +191,12 @@ class Zero3(Zero1):
                 yield
             finally:
                 add_hooks(self._engine)
+
+
+def _gather_rest(live: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Takes part in gathers whose result is not wanted here: each needs all ranks."""
+    for name in names:
+        whole(live, name)
 
 
 def check_zero(config: TrainConfig) -> None:

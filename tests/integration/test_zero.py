@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from launching import launch, run_python, step_records, weights_digest, write_inputs
+from saves.crew import crew
+from saves.proofs import make_run
 
+from falcon_dist import checkpoint
 from falcon_dist.config import CheckpointConfig, EngineConfig, StrategyName, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.strategy import zero
@@ -66,6 +69,29 @@ def test_a_run_learns_as_plain_data_parallelism_and_resumes_to_the_same_bits(
     assert resumed.returncode == 0, resumed.stderr
     assert min(step_records(run, attempt=2)) == 5
     assert weights_digest(last, STATE) == expected
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_disk_that_is_full_at_a_save_is_told_and_training_goes_on(tmp_path: Path, strategy: StrategyName) -> None:
+    run = tmp_path / "run"
+    make_run(tmp_path, run, strategy=strategy, **{"loop.max_steps": 4})
+    with crew("train_rank", 2, run / "attempt_1", run, False, 0.0, "/step-000002.") as ranks:
+        assert ranks.end() == [0, 0], ranks.errors()
+    (told,) = [line for line in ranks.told("line", "text") if line.startswith("checkpoint of step")]
+    assert told == (
+        "checkpoint of step 2 was not written: No space left on device; earlier ones are untouched, training goes on"
+    )
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000004"]
+    assert checkpoint.fault_of(run / "checkpoints" / "step-000004") is None
+
+
+def test_a_disk_that_is_full_at_the_last_save_ends_the_run_on_all_ranks(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_run(tmp_path, run, strategy="zero2", **{"loop.max_steps": 2})
+    with crew("train_rank", 2, run / "attempt_1", run, False, 0.0, "/step-000002.") as ranks:
+        assert ranks.end() == [1, 1]
+    assert ranks.errors().count("UserError: checkpoint: cannot write in ") == 2
+    assert not list((run / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(

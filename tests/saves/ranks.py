@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from tiny_models import falcon_7b, make_model, make_tokenizer
 
-from falcon_dist import contract, resume
+from falcon_dist import contract, resume, tensor_file
 from falcon_dist.config import CheckpointConfig, LoopConfig, TrainConfig
 from falcon_dist.emergency import Updates
 from falcon_dist.metrics import Reporter
@@ -77,8 +77,14 @@ def prepare_run(_: Mapping[str, str], folder: Path) -> None:
     prepare(read_config(folder / "config.json"), folder, {})
 
 
-def train_rank(env: Mapping[str, str], folder: Path, resumed: bool, fsync_s: float = 0.0) -> int:
-    """One rank of real training; with ``fsync_s``, on a disk that takes so long for every file."""
+def train_rank(env: Mapping[str, str], folder: Path, resumed: bool, fsync_s: float = 0.0, full: str = "") -> int:
+    """One rank of real training; with ``fsync_s``, on a disk that takes so long for every file.
+
+    With ``full`` there is no room for files of tensors whose path this is part of.
+    """
+    if full:
+        write = tensor_file.write
+        tensor_file.write = lambda path, *a: write(Path("/dev/full") if full in str(path) else path, *a)
     if fsync_s:
         real = os.fsync
         os.fsync = lambda descriptor: (time.sleep(fsync_s), real(descriptor))[1]
