@@ -117,7 +117,7 @@ def _submit(order: Order, config: LaunchConfig) -> int:
     from launcher import batch, slurmjob
     from launcher.console import Console
 
-    script = slurmjob.render(config, str(Path(sys.argv[0]).absolute()), order.job_words)
+    script = slurmjob.render(config, str(Path(sys.argv[0]).absolute()), order.job_words, order.program_words)
     if order.dry_run:
         sys.stdout.write(json.dumps({"script": script.text}) + "\n" if order.as_json else script.text)
         return 0

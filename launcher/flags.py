@@ -69,7 +69,9 @@ class Order:
     slurm: bool = False
     """To be run as a Slurm job, which is submitted from here."""
     job_words: tuple[str, ...] = ()
-    """The words of this command line that a job script repeats."""
+    """The flags of this command line that a job script repeats."""
+    program_words: tuple[str, ...] = ()
+    """What follows the flags: a program and its arguments, with what marks its beginning."""
 
 
 def parse(argv: Sequence[str]) -> Order:
@@ -94,7 +96,8 @@ def parse(argv: Sequence[str]) -> Order:
         report_bindings=given["report_bindings"],
         explain=given["explain"],
         slurm=given["slurm"],
-        job_words=tuple(_job_words(own)) + tuple(today[len(own) :]),
+        job_words=tuple(_job_words(own)),
+        program_words=tuple(today[len(own) :]),
     )
 
 

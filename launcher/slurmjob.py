@@ -32,8 +32,10 @@ class JobScript:
     """What the user should be told about it."""
 
 
-def render(config: LaunchConfig, launcher: str, words: Sequence[str]) -> JobScript:
-    """The script of a job that runs ``launcher`` with these words, and can be started again and again.
+def render(config: LaunchConfig, launcher: str, words: Sequence[str], program: Sequence[str] = ()) -> JobScript:
+    """The script of a job that runs ``launcher`` with these flags, and can be started again and again.
+
+    ``program``: the words after the flags, which are nobody else's business.
 
     Raises:
         UserError: hosts are named, which Slurm chooses, or a word would put a secret into the script.
@@ -42,11 +44,9 @@ def render(config: LaunchConfig, launcher: str, words: Sequence[str]) -> JobScri
     resumed = "--resume" in words or any(word.startswith("--resume=") for word in words)
     again = [] if resumed else ["--resume", "auto"]
     named = "" if resumed or config.launch.run_id else f' --run-id "{RUN_ID}"'
-    at = next((n for n, word in enumerate(words) if word in ("--", "-m", "--module")), len(words))
-    command = shlex.join([launcher, *words[:at], *again]) + named
-    program = shlex.join(words[at:])
+    command = shlex.join([launcher, *words, *again]) + named + "".join(f" {shlex.quote(word)}" for word in program)
     options = "\n".join(f"#SBATCH --{option}" for option in _options(config))
-    text = SCRIPT.format(options=options, signal_s=config.slurm.signal_s, command=f"{command} {program}".rstrip())
+    text = SCRIPT.format(options=options, signal_s=config.slurm.signal_s, command=command)
     return JobScript(text=text, notes=config.notes)
 
 

@@ -137,7 +137,8 @@ exec /opt/bin/falcon-launch --nproc-per-node 2 --recipe demo --set 'data.name=my
 
 def script(*words: str) -> str:
     order = flags.parse(["--slurm", *words])
-    return slurmjob.render(config.load(order.flags), "/opt/bin/falcon-launch", order.job_words).text
+    loaded = config.load(order.flags)
+    return slurmjob.render(loaded, "/opt/bin/falcon-launch", order.job_words, order.program_words).text
 
 
 def test_the_script_of_a_job():
@@ -157,6 +158,19 @@ def test_whole_nodes_where_no_cpus_are_named():
 def test_a_run_with_a_name_and_a_program():
     last = script("--run-id", "x y".replace(" ", "-"), "--", "my script.py", "--time", "3").splitlines()[-1]
     assert last == "exec /opt/bin/falcon-launch --run-id x-y --resume auto -- 'my script.py' --time 3"
+
+
+@pytest.mark.parametrize("program", ["train.py --x 1", "-- train.py --resume last.pt", "-m mod --resume=last.pt"])
+def test_a_program_keeps_its_own_arguments(program):
+    line = script("--nnodes", "2", *program.split()).splitlines()[-1]
+    assert line == f'exec /opt/bin/falcon-launch --resume auto --run-id "slurm-$SLURM_JOB_ID" {program}'
+
+
+def test_a_name_of_the_recipe_is_kept(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[launch]\nrun_id = 'mine'\n")
+    last = script("--recipe", str(recipe)).splitlines()[-1]
+    assert last == f"exec /opt/bin/falcon-launch --recipe {recipe} --resume auto"
 
 
 def test_a_run_that_is_gone_on_with(tmp_path):
