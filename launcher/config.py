@@ -136,12 +136,13 @@ def load(flags: Flags) -> LaunchConfig:
     Raises:
         UserError: a file is missing or no TOML, a key is not known, a value does not fit.
     """
-    folder, note = _resumed(flags)
+    given = _from_flags(flags)
+    recipe = _recipe(flags.recipe or DEFAULT_RECIPE) if flags.recipe or not flags.program else {}
+    folder, note = _resumed(flags.resume, recipe | given)
     values = earlier.settings(folder) if folder else {}
     program = flags.program or _saved_program(folder)
-    if flags.recipe or not (folder or program):
-        values |= _recipe(flags.recipe or DEFAULT_RECIPE)
-    given = _from_flags(flags)
+    if flags.recipe or not folder:
+        values |= recipe
     for key, other in (("launch.hosts", "launch.hostfile"), ("launch.hostfile", "launch.hosts")):
         if key in given:  # a resumed run may get other hosts, said in another way
             values.pop(other, None)
@@ -256,11 +257,12 @@ def _without_secret(item: str) -> str:
     return name if keep_name_only else f"{name}{equals}{value}"
 
 
-def _resumed(flags: Flags) -> tuple[Path | None, str | None]:
-    if flags.resume is None:
+def _resumed(resume: str | None, given: Mapping[str, Value]) -> tuple[Path | None, str | None]:
+    """The run these settings name, wherever they were given, and what the user should be told."""
+    if resume is None:
         return None, None
-    given = {key: str(value.value) for key, value in flags.launch.items() if key in ("runs_dir", "run_id")}
-    return earlier.find(flags.resume, Path(given.get("runs_dir", LaunchSettings().runs_dir)), given.get("run_id"))
+    names = {key: str(given[f"launch.{key}"].value) for key in ("runs_dir", "run_id") if f"launch.{key}" in given}
+    return earlier.find(resume, Path(names.get("runs_dir", LaunchSettings().runs_dir)), names.get("run_id"))
 
 
 def _saved_program(folder: Path | None) -> Program | None:

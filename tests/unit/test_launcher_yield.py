@@ -114,6 +114,17 @@ def test_a_named_run_goes_on_and_no_other(tmp_path):
     assert (again.resume_from, again.launch.run_id) == (str(mine), "mine")
 
 
+@pytest.mark.parametrize("where", ["recipe", "--set"])
+def test_a_run_is_found_wherever_its_folder_was_named(tmp_path, where):
+    make_run(tmp_path / "elsewhere", "newer", checkpoint=True)
+    mine = make_run(tmp_path / "elsewhere", "mine", checkpoint=False)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f"[launch]\nruns_dir = '{tmp_path}/elsewhere'\nrun_id = 'mine'\n")
+    sets = ("--set", f"launch.runs_dir={tmp_path}/elsewhere", "--set", "launch.run_id=mine")
+    again = load(*(("--recipe", str(recipe)) if where == "recipe" else sets), "--resume", "auto")
+    assert (again.resume_from, again.launch.runs_dir, again.launch.run_id) == (str(mine), str(mine.parent), "mine")
+
+
 # Job scripts
 
 GOLDEN = """#!/bin/bash
