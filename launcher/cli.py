@@ -97,9 +97,7 @@ def _run(
     report = Series(config, way.hosts, attempt, console).run()
     folder.keep_last_report(report)
     console.conclude(json.dumps(report.to_json()) if order.as_json else render.closing_text(report))
-    # Of a lost node Slurm itself hears only later, and would find a job that has failed meanwhile.
-    again = report.outcome == "stopped" or (report.cause is not None and report.cause.kind == "lost")
-    if again and way.by_srun and way.allocation is not None:
+    if report.wants_requeue and way.by_srun and way.allocation is not None:
         _start_again(order, config, way.allocation, console)
     return report.exit_code
 

@@ -108,7 +108,7 @@ class Record:
         heard = self._heard[rank]
         return heard.ended.signal is None and any(sign in line for line in heard.stderr_tail for sign in PEER_IS_GONE)
 
-    def report(self, cause: Cause | None, now_s: float) -> RunReport:
+    def report(self, cause: Cause | None, now_s: float, *, interrupted: bool = False) -> RunReport:
         """The report as of now."""
         site = self._plan.site
         return RunReport(
@@ -118,6 +118,7 @@ class Record:
             outcome=outcome_of(cause),
             exit_code=cause.exit_code if cause else 0,
             cause=cause,
+            interrupted=interrupted,
             ranks=tuple(self._outcome(node.host, rank) for node in self._plan.nodes for rank in node.ranks),
             timings_s=self._timings(now_s),
             notes=tuple(self._notes),

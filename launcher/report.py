@@ -98,6 +98,8 @@ class RunReport:
     last_step: int = 0
     step_s: float | None = None
     """Seconds of a usual step; None: not known."""
+    interrupted: bool = False
+    """A signal asked the launcher to end, be it after the first failure."""
     attempts: tuple[AttemptLine, ...] = ()
     ledger_s: Mapping[str, float] = field(default_factory=dict)
     """Where the time of all attempts went."""
@@ -122,6 +124,12 @@ class RunReport:
         texts = {k: tuple(values[k]) for k in ("notes", "prepare_tail", "summary")}
         attempts = tuple(AttemptLine(**{**a, "hosts": tuple(a["hosts"])}) for a in values.get("attempts", ()))
         return cls(**{**values, **texts, "cause": cause, "ranks": ranks, "attempts": attempts})
+
+    @property
+    def wants_requeue(self) -> bool:
+        """Whether Slurm should start the job again: it made way, or lost a node, of which Slurm hears only later."""
+        lost = self.cause is not None and self.cause.kind == "lost"
+        return (self.outcome == "stopped" or lost) and not self.interrupted
 
     @property
     def failed_rank(self) -> RankOutcome | None:

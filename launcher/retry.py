@@ -41,6 +41,8 @@ class Past:
     checkpoint_step: int = 0
     """Step of the run's newest checkpoint when it ended."""
     out_of_memory: bool = False
+    interrupted: bool = False
+    """The launcher was asked to end, be it after the first failure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +68,8 @@ def after(past: Sequence[Past], policy: Policy) -> Stop | Again:
     last = past[-1]
     if last.cause is None or last.cause.kind in ("interrupt", "yield") or not policy.max_restarts:
         return Stop()
+    if last.interrupted:
+        return Stop(why="not started again: it was interrupted")
     if refusal := _refusal(last, last.cause):
         return Stop(why=f"not started again: {refusal}")
     if len(past) > policy.max_restarts:

@@ -89,7 +89,7 @@ class Run:
         self._selector.close()
         self._console.end_progress()
         self._record.step_s = self._watch.median_s
-        return self._record.report(self._state.cause, time.monotonic())
+        return self._record.report(self._state.cause, time.monotonic(), interrupted=self._state.interrupted)
 
     def _turn(self) -> None:
         self._beat()

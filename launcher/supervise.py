@@ -82,6 +82,8 @@ class RunState:
     writer: int | None = None
     """The one that was asked to."""
     cause: Cause | None = None
+    interrupted: bool = False
+    """A signal asked the launcher to end, be it after the first cause."""
 
 
 def begin(nodes_of: tuple[int, ...], patience: Patience | None = None) -> RunState:
@@ -249,13 +251,14 @@ def _traced(state: RunState, event: Traced) -> Decision:
 
 
 def _interrupted(state: RunState, signal: int) -> Decision:
+    state = dataclasses.replace(state, interrupted=True)
+    cause = Cause(kind="interrupt", exit_code=128 + signal)
+    if state.cause is not None and state.cause.kind == "yield":  # who is to end must not be started again
+        state = dataclasses.replace(state, cause=cause)
+        return _kill(state) if state.phase == "killing" else _stop(state)
     if state.phase in ("stopping", "killing"):  # asked twice, or in a hurry
         return _kill(state)
-    if state.phase in ("tracing", "saving"):
-        return _stop(state)
-    if state.phase == "yielding":
-        state = dataclasses.replace(state, phase="running", cause=None)
-    return _settle(state, Cause(kind="interrupt", exit_code=128 + signal))
+    return _stop(state) if state.phase in ("tracing", "saving") else _settle(state, cause)
 
 
 def _time_up(state: RunState) -> Decision:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from launcher.events import Cause
@@ -33,6 +35,11 @@ def test_what_would_end_the_same_way_is_not_started_again(one, word):
     decided = after([one], FREELY)
     assert isinstance(decided, Stop)
     assert word in decided.why
+
+
+def test_a_failure_after_which_the_user_asked_to_end_is_the_last():
+    asked = dataclasses.replace(past(), interrupted=True)
+    assert after([asked], FREELY) == Stop(why="not started again: it was interrupted")
 
 
 @pytest.mark.parametrize("kind", ["rank", "prepare", "agent", "lost", "hang", "start"])

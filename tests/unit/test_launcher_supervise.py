@@ -260,6 +260,16 @@ def test_a_survivor_saves_before_all_stop():
     assert play(*events, Interrupted(signal=2))[0].phase == "stopping"
 
 
+SAVING = [*ready(), CanSave(rank=0), exited(1, KILLED)]
+
+
+@pytest.mark.parametrize("events", [SAVING, [*ready(), Stalled(text="s")], [*ready(), exited(1, BAD)]])
+def test_an_interrupt_is_remembered_whatever_was_the_first_cause(events):
+    before, _ = play(*events)
+    state, _ = decide(before, Interrupted(signal=2))
+    assert (state.cause, before.interrupted, state.interrupted) == (before.cause, False, True)
+
+
 def test_when_the_writer_ends_another_survivor_takes_over():
     state, done = play(
         *ready(), *(CanSave(rank=r) for r in range(3)), exited(1, KILLED), exited(0, BAD), nodes_of=(0,) * 3

@@ -23,7 +23,7 @@ from launcher.events import (
     TimeUp,
 )
 from launcher.patience import Patience
-from launcher.report import outcome_of
+from launcher.report import RunReport, outcome_of
 from launcher.slurm import JobState
 from launcher.supervise import begin, decide
 
@@ -73,6 +73,14 @@ def test_ctrl_c_on_the_way_out_is_an_interrupt():
     assert (state.phase, state.cause.kind, state.cause.exit_code) == ("stopping", "interrupt", 130)
 
 
+@pytest.mark.parametrize("slow", [[], [TimeUp()]])
+def test_who_cancels_a_run_that_makes_way_does_not_want_it_again(slow):
+    state, done = play(READY[0], MakeWay(), *slow, Interrupted(signal=15))
+    assert (state.phase, state.cause.kind) == ("killing" if slow else "stopping", "interrupt")
+    assert (state.cause.exit_code, state.interrupted) == (143, True)
+    assert done[-2] == (SignalAll(signal=9) if slow else TERM)
+
+
 def test_a_program_that_cannot_be_asked_gets_sigterm_and_the_same_time():
     state, done = play(READY[0], MakeWay(), exited(0, 143), exited(1, 143))
     assert done == [StartRanks(), TERM, SetTimer(seconds=90.0)]
@@ -87,6 +95,14 @@ def test_while_preparing_nothing_is_to_be_saved():
 def test_a_run_that_made_way_is_not_restarted_by_its_launcher():
     past = [retry.Past(cause=Cause(kind="yield", exit_code=75), hosts=("a",))]
     assert retry.after(past, retry.Policy(max_restarts=3)) == retry.Stop()
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("yield", True), ("lost", True), ("rank", False), ("interrupt", False)])
+def test_slurm_is_asked_again_unless_the_user_wants_an_end(kind, wanted):
+    cause = Cause(kind=kind, exit_code=75)
+    head = {"run_id": "r", "attempt": 1, "run_dir": "/r", "outcome": outcome_of(cause), "exit_code": 75, "ranks": ()}
+    assert RunReport(**head, cause=cause).wants_requeue == wanted
+    assert not RunReport(**head, cause=cause, interrupted=True).wants_requeue
 
 
 # --resume auto
