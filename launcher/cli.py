@@ -87,18 +87,18 @@ def _run(
     from launcher.console import Console
     from launcher.series import Series
 
-    console = Console(quiet=order.quiet or order.as_json)
+    with Console(quiet=order.quiet or order.as_json) as console:
 
-    def attempt(config: LaunchConfig, hosts: Hostfile) -> RunReport:
-        with discover.agents(hosts, way.transport) as agents:
-            start = _Start(order, config, way.to(hosts), agents, environ, console=console)
-            return start.run(discover.ask(agents, saved))
+        def attempt(config: LaunchConfig, hosts: Hostfile) -> RunReport:
+            with discover.agents(hosts, way.transport) as agents:
+                start = _Start(order, config, way.to(hosts), agents, environ, console=console)
+                return start.run(discover.ask(agents, saved))
 
-    report = Series(config, way.hosts, attempt, console).run()
-    folder.keep_last_report(report)
-    console.conclude(json.dumps(report.to_json()) if order.as_json else render.closing_text(report))
-    if report.wants_requeue and way.by_srun and way.allocation is not None:
-        _start_again(order, config, way.allocation, console)
+        report = Series(config, way.hosts, attempt, console).run()
+        folder.keep_last_report(report)
+        console.conclude(json.dumps(report.to_json()) if order.as_json else render.closing_text(report))
+        if report.wants_requeue and way.by_srun and way.allocation is not None:
+            _start_again(order, config, way.allocation, console)
     return report.exit_code
 
 
@@ -119,12 +119,12 @@ def _submit(order: Order, config: LaunchConfig) -> int:
     if order.dry_run:
         sys.stdout.write(json.dumps({"script": script.text}) + "\n" if order.as_json else script.text)
         return 0
-    console = Console(quiet=order.quiet or order.as_json)
-    for note in script.notes:
-        console.say(note)
-    job = batch.submit(script.text)
-    console.say(f"job {job} submitted; Ctrl-C cancels it")
-    return batch.Follower(job, console.say).until_done()
+    with Console(quiet=order.quiet or order.as_json) as console:
+        for note in script.notes:
+            console.say(note)
+        job = batch.submit(script.text)
+        console.say(f"job {job} submitted; Ctrl-C cancels it")
+        return batch.Follower(job, console.say).until_done()
 
 
 def policy_of(settings: LaunchSettings) -> Policy:

@@ -5,35 +5,45 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any, Final
 
 from launcher import render
+from launcher.outlet import Outlet
 
 ERASE: Final = "\r\x1b[K"
 
 
 class Console:
-    """Shows what happens. ``quiet``: faults and the end only."""
+    """Shows what happens, for as long as anybody looks. ``quiet``: faults and the end only."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._is_terminal = sys.stdout.isatty()
         self._progress = ""
+        self._outlet = Outlet()
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._outlet.close()
 
     def say(self, text: str) -> None:
         """A line of progress."""
         if not self._quiet:
-            self.conclude(text)
+            self._write(f"{text}\n")
 
     def conclude(self, text: str) -> None:
         """Text that is shown in any case."""
-        self._write(f"{text}\n")
+        self._write(f"{text}\n", always=True)
 
     def complain(self, text: str) -> None:
         """A fault."""
         self._erase()
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+        self._outlet.put(sys.stderr.fileno(), f"{text}\n")
 
     def step(self, event: Mapping[str, Any]) -> None:
         """A finished step of rank 0."""
@@ -51,10 +61,8 @@ class Console:
 
     def _erase(self) -> None:
         if self._progress:
-            sys.stdout.write(ERASE)
-            sys.stdout.flush()
+            self._outlet.put(sys.stdout.fileno(), ERASE)
 
-    def _write(self, text: str) -> None:
-        self._erase()
-        sys.stdout.write(text + self._progress)
-        sys.stdout.flush()
+    def _write(self, text: str, *, always: bool = False) -> None:
+        erase = ERASE if self._progress else ""
+        self._outlet.put(sys.stdout.fileno(), erase + text + self._progress, always=always)

@@ -18,7 +18,7 @@ STOPPING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.
 def stopping_signals() -> Iterator[int]:
     """A descriptor on which signals that ask the launcher to stop arrive by their numbers."""
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    before = {number: signal.signal(number, lambda *_: None) for number in (*STOPPING_SIGNALS, signal.SIGTSTP)}
+    before = {number: signal.signal(number, lambda *_: None) for number in _taken()}
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield reader
@@ -28,6 +28,12 @@ def stopping_signals() -> Iterator[int]:
             signal.signal(number, handler)
         os.close(reader)
         os.close(writer)
+
+
+def _taken() -> list[signal.Signals]:
+    """All that are to be acted on: not what nohup had ignored, so that the run outlives a logout."""
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    return [number for number in (*STOPPING_SIGNALS, signal.SIGTSTP) if number not in ignored]
 
 
 def meaning(number: int) -> tuple[Event | None, str]:

@@ -1,0 +1,85 @@
+"""Terminals and pipes that go away, or do not read, while a run goes on."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = str(Path(sys.executable).parent / "falcon-launch")
+TALK = """
+import os, sys, time
+until = time.monotonic() + float(sys.argv[1])
+while time.monotonic() < until:
+    print("line", flush=True)
+    time.sleep(0.05)
+"""
+FLOOD = "import sys, time\nfor n in range(5000):\n    print('x' * 99)\nsys.stdout.flush()\ntime.sleep(12)\n"
+
+
+def start(folder: Path, *words: str, code: str = TALK, **options) -> subprocess.Popen:
+    (folder / "talk.py").write_text(code)
+    return subprocess.Popen([*words, "--nproc-per-node", "1", "talk.py", "2"], cwd=folder, **options)
+
+
+def wait_for(folder: Path, name: str) -> Path:
+    deadline = time.monotonic() + 10
+    while not (found := list(folder.glob(f"runs/*/{name}"))):
+        assert time.monotonic() < deadline, "did not come about in time"
+        time.sleep(0.02)
+    return found[0]
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads(wait_for(folder, "report.json").read_text())
+
+
+def test_a_pipe_whose_reader_died_does_not_end_the_run(tmp_path):
+    process = start(tmp_path, LAUNCH, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path, "attempt_1/rank_0000/stdout")
+    assert process.stdout
+    process.stdout.close()
+    assert process.wait(timeout=20) == 0
+    assert process.stderr
+    assert process.stderr.read() == ""
+    assert report_of(tmp_path)["outcome"] == "ok"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_counts_although_the_terminal_is_gone(tmp_path, number):
+    ours, its = pty.openpty()
+    process = start(tmp_path, LAUNCH, stdout=its, stderr=its)
+    os.close(its)
+    wait_for(tmp_path, "attempt_1/rank_0000/stdout")
+    os.close(ours)
+    process.send_signal(number)
+    assert process.wait(timeout=10) == 128 + number
+    assert report_of(tmp_path)["outcome"] == "interrupted"
+
+
+def test_a_run_under_nohup_outlives_a_logout(tmp_path):
+    process = start(tmp_path, "nohup", LAUNCH, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    wait_for(tmp_path, "attempt_1/rank_0000/stdout")
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=20)
+    assert (process.returncode, report_of(tmp_path)["outcome"]) == (0, "ok")
+
+
+def test_a_reader_that_waits_does_not_end_the_run(tmp_path):
+    process = start(tmp_path, LAUNCH, code=FLOOD, stdout=subprocess.PIPE)
+    assert report_of_a_long_run(tmp_path)["outcome"] == "ok"
+    assert process.stdout
+    assert select.select([process.stdout], [], [], 0)[0]
+    assert process.stdout.read().count(b"x" * 99) == 5000
+    assert process.wait(timeout=10) == 0
+
+
+def report_of_a_long_run(folder: Path) -> dict:
+    time.sleep(12)
+    return report_of(folder)
