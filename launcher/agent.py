@@ -14,9 +14,9 @@ Commands come as JSON lines on standard input, events go as JSON lines to standa
     -> {"command": "end_run", "file": F}           <- {"event": "ended_run", "text"}
     -> {"command": "clock" | "examine" | "open_ring" | "ring", ...}    for falcon doctor, answered alike
 
-besides ``hello`` at the start and ``output``, ``rank`` (a rank's own event), ``exited``, ``apart``, ``note`` and
-``fault`` when they happen. Both ends say ``alive`` every few seconds. End of input, or a launcher that is silent for
-too long, means: kill all that was started, and go. It has one thread, because it forks.
+besides ``hello`` at the start and ``output``, ``rank`` (a rank's own event), ``exited``, ``apart``, ``note``,
+``fault`` and ``killed`` (by ``falcon kill``) when they happen. Both ends say ``alive`` every few seconds. End of input,
+or a launcher that is silent for too long, means: kill all that was started, and go. It has one thread: it forks.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Agent:
 
     def _take_signals(self) -> None:
         # Handlers rather than SIG_IGN, which ranks would inherit; the wake-up descriptor tells what came.
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, roster.END_SIGNAL):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
 
@@ -120,7 +120,9 @@ class Agent:
 
     def _on_wake(self) -> None:
         numbers = os.read(self._woken_by, 512)
-        self._leaving |= signal.SIGTERM in numbers or signal.SIGHUP in numbers
+        if roster.END_SIGNAL in numbers:
+            self.emit("killed")
+        self._leaving |= bool({signal.SIGTERM, signal.SIGHUP, roster.END_SIGNAL} & set(numbers))
         self._crew.reap()
 
     def _obey(self, command: str, values: dict[str, Any]) -> None:

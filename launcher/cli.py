@@ -27,7 +27,7 @@ from launcher import config as configuration
 from launcher.cluster import Cluster, HostFacts, join
 from launcher.config import LaunchConfig, LaunchSettings
 from launcher.cpuset import CpuSet
-from launcher.errors import LaunchError, UserError
+from launcher.errors import Interruption, LaunchError, UserError
 from launcher.flags import Order
 from launcher.hostfile import Hostfile
 from launcher.patience import Patience
@@ -55,6 +55,8 @@ def main() -> int:
     except LaunchError as fault:
         sys.stderr.write(f"falcon-launch: {fault}\n")
         return EXIT_FAILED
+    except Interruption as asked:
+        return 128 + asked.signal
     except KeyboardInterrupt:
         return 130
 
@@ -88,13 +90,15 @@ def _run(
     from launcher.series import Series
 
     with Console(quiet=order.quiet or order.as_json) as console:
+        running = folder.Running()
 
         def attempt(config: LaunchConfig, hosts: Hostfile) -> RunReport:
             with discover.agents(hosts, way.transport) as agents:
-                start = _Start(order, config, way.to(hosts), agents, environ, console=console)
+                start = _Start(order, config, way.to(hosts), agents, environ, console=console, running=running)
                 return start.run(discover.ask(agents, saved))
 
-        report = Series(config, way.hosts, attempt, console).run()
+        with running:
+            report = Series(config, way.hosts, attempt, console).run()
         folder.keep_last_report(report)
         console.conclude(json.dumps(report.to_json()) if order.as_json else render.closing_text(report))
         if report.wants_requeue and way.by_srun and way.allocation is not None:
@@ -204,7 +208,9 @@ class _Start:
         environ: Mapping[str, str],
         *,
         console: Console,
+        running: folder.Running,
     ) -> None:
+        self._running = running
         self._console = console
         self._order = order
         self._config = config
@@ -234,8 +240,8 @@ class _Start:
             console.conclude(render.binding_table(planned))
         if order.explain:
             console.conclude("\n".join(_explained(config, cluster)))
-        with folder.running(planned, self._hosts):
-            report = Run(planned, self._agents, console, Record(planned, notes), self._patience()).until_done()
+        self._running.tell(planned, self._hosts)
+        report = Run(planned, self._agents, console, Record(planned, notes), self._patience()).until_done()
         folder.keep_report(planned, report)
         return report
 

@@ -1,5 +1,8 @@
 """What the launcher raises on purpose.
 
+BaseException
+├── KeyboardInterrupt
+│   └── Interruption                 a signal asked the launcher to end, while no attempt ran that could be stopped
 Exception
 ├── falcon_dist.contract.UserError   what the user gave cannot be; one line, exit code 2
 └── LaunchError                      a host or an agent failed before or beside the ranks; one line, exit code 1
@@ -9,7 +12,15 @@ from __future__ import annotations
 
 from falcon_dist.contract import UserError
 
-__all__ = ["LaunchError", "UserError"]
+__all__ = ["Interruption", "LaunchError", "UserError"]
+
+
+class Interruption(KeyboardInterrupt):
+    """A signal asked the launcher to end: exit code 128 + signal."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__()
+        self.signal = signal
 
 
 class LaunchError(Exception):

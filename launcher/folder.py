@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from launcher import roster
 from launcher.config import LaunchConfig
@@ -45,19 +44,31 @@ def config_text(config: LaunchConfig) -> str:
     return _text(config.to_json())
 
 
-@contextlib.contextmanager
-def running(plan: LaunchPlan, hosts: Hostfile) -> Iterator[None]:
+class Running:
     """For as long as the block lasts the run folder says who runs it, for ``falcon ps`` and ``falcon kill``."""
-    path = Path(plan.site.run_dir) / RUNNING_FILE
-    agents = [
-        {"host": entry.host, "user": entry.user, "roster": node.roster, "ranks": len(node.ranks)}
-        for entry, node in zip(hosts.entries, plan.nodes, strict=True)
-    ]
-    roster.write(path, {"launcher": asdict(roster.Process.this()), "since": time.time(), "agents": agents})
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._since = time.time()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def tell(self, plan: LaunchPlan, hosts: Hostfile) -> None:
+        """Says so of this attempt, and after its end until the next one tells."""
+        agents = [
+            {"host": entry.host, "user": entry.user, "roster": node.roster, "ranks": len(node.ranks)}
+            for entry, node in zip(hosts.entries, plan.nodes, strict=True)
+        ]
+        self._path = Path(plan.site.run_dir) / RUNNING_FILE
+        values = {"launcher": asdict(roster.Process.this()), "since": self._since, "agents": agents}
+        roster.write(self._path, values)
 
 
 def create(config: LaunchConfig, plan: LaunchPlan) -> None:

@@ -6,9 +6,12 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from types import FrameType
+from typing import Final, NoReturn
 
-from launcher.events import Event, Interrupted, MakeWay
+from falcon_dist.contract import EXIT_STOPPED
+from launcher.errors import Interruption
+from launcher.events import Cause, Event, Interrupted, MakeWay
 from launcher.render import signal_name
 
 STOPPING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -28,6 +31,32 @@ def stopping_signals() -> Iterator[int]:
             signal.signal(number, handler)
         os.close(reader)
         os.close(writer)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Signals that ask the launcher to end raise, other than in a block of stopping_signals inside this one.
+
+    Raises:
+        Interruption: one came.
+    """
+    before = {number: signal.signal(number, _raise) for number in _taken() if number != signal.SIGTSTP}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _raise(number: int, _: FrameType | None) -> NoReturn:
+    raise Interruption(number)
+
+
+def cause_of(number: int) -> Cause:
+    """Why a run is over that got this signal between two attempts."""
+    if number == signal.SIGUSR1:
+        return Cause(kind="yield", exit_code=EXIT_STOPPED, text="asked to make way")
+    return Cause(kind="interrupt", exit_code=128 + number)
 
 
 def _taken() -> list[signal.Signals]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a --dry-run has no report, and every import delays it
 NOTABLE: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GLOO_SOCKET_IFNAME", "FALCON_BACKEND", "HF_TOKEN")
 SIGNALS: Final = {1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE"} | {
     9: "SIGKILL",
+    10: "SIGUSR1",
     11: "SIGSEGV",
     13: "SIGPIPE",
     15: "SIGTERM",

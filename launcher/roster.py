@@ -18,6 +18,9 @@ from typing import Any, Final
 
 from launcher.plan import NodePlan
 
+ENDED: Final = "ended"
+END_SIGNAL: Final = signal.SIGUSR2
+"""Ends an agent for good. SIGTERM also comes where its keeper died or its host goes down: no reason not to go on."""
 END_S: Final = 8.0
 """How long a process may take to end before it is killed."""
 
@@ -39,9 +42,14 @@ class Process:
         return cls(hostname=socket.gethostname(), boot_id=_boot_id(), pid=pid, started=_started(pid) or 0)
 
     @property
+    def is_of_this_host(self) -> bool:
+        """It belongs to this host, if perhaps to an earlier boot."""
+        return self.hostname == socket.gethostname()
+
+    @property
     def is_here(self) -> bool:
         """It belongs to this host and this boot."""
-        return (self.hostname, self.boot_id) == (socket.gethostname(), _boot_id())
+        return self.is_of_this_host and self.boot_id == _boot_id()
 
     @property
     def is_alive(self) -> bool:
@@ -70,11 +78,13 @@ def end(file: str) -> str:
         agent = Process(**json.loads(Path(file).read_text()))
     except (OSError, ValueError, TypeError):
         return "nothing of this run is known here"
+    if not agent.is_of_this_host:
+        return f"could not be ended from here: it is on {agent.hostname}; run falcon kill there"
     if not agent.is_here:
         return "the host was started again since then; nothing of this run is left"
     if not agent.is_alive:
         return "already ended"
-    return "ended" if agent.end() or agent.end(signal.SIGKILL) else "could not be ended"
+    return ENDED if agent.end(END_SIGNAL) or agent.end(signal.SIGKILL) else "could not be ended"
 
 
 def write(path: Path, values: dict[str, Any]) -> None:

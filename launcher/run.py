@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +26,7 @@ from launcher.events import (
     Event,
     Exited,
     Faulted,
+    Interrupted,
     Lost,
     Mismatched,
     Prepared,
@@ -190,13 +192,8 @@ class Run:
         self._selector.unregister(channel.fileno())
         self._watch_outboxes()
         code = channel.close(patience_s)
-        if patience_s:
-            number = channel.died or (-code if code is not None and code < 0 else None)
-            words = channel.last_words()
-            text += (
-                f": {render.signal_name(number)}" if number else f": exit code {code}{f': {words}' if words else ''}"
-            )
-        self._happened(Lost(node_rank=node_rank, text=text))
+        told = f": {channel.how_ended(code)}" if patience_s else ""
+        self._happened(Lost(node_rank=node_rank, text=text + told))
 
     def _on_event(self, node_rank: int, event: dict[str, Any]) -> None:
         match event:
@@ -214,11 +211,17 @@ class Run:
                 self._record.apart.add(node_rank)
             case {"event": "stacks", "ranks": list(ranks)}:
                 self._on_stacks(node_rank, ranks)
+            case _:
+                self._on_word(node_rank, event)
+
+    def _on_word(self, node_rank: int, event: dict[str, Any]) -> None:
+        match event:
             case {"event": "note", "text": text}:
                 self._note(text, node_rank)
+            case {"event": "killed"} if not self._state.interrupted:  # further agents tell the same
+                self._happened(Interrupted(signal=signal.SIGTERM))
             case {"event": "fault", "text": text}:
-                text = f"{self._channels[node_rank].host}: {text}"
-                self._happened(Faulted(node_rank=node_rank, text=text))
+                self._happened(Faulted(node_rank=node_rank, text=f"{self._channels[node_rank].host}: {text}"))
 
     def _note(self, text: str, node_rank: int | None = None) -> None:
         if node_rank is not None and len(self._channels) > 1:

@@ -13,7 +13,7 @@ from launcher import discover, transport
 from launcher.errors import UserError
 from launcher.folder import RUNNING_FILE
 from launcher.hostfile import HostEntry, Hostfile
-from launcher.roster import Process
+from launcher.roster import ENDED, Process
 
 LAUNCHER_END_S: Final = 15.0
 """How long a launcher that was asked to stop may take."""
@@ -73,8 +73,10 @@ def end(running: Running) -> list[tuple[str, str]]:
         ended = launcher.end(signal.SIGTERM, LAUNCHER_END_S) or launcher.end(signal.SIGKILL)
         return [(launcher.hostname, "the launcher and all ranks ended" if ended else "the launcher could not be ended")]
     done = _end_agents(running)
-    if running.launcher.is_here:
+    if running.launcher.is_of_this_host:
         (running.folder / RUNNING_FILE).unlink(missing_ok=True)
+    elif all(text != ENDED for _, text in done):  # by which it would have learnt that it is not to start again
+        done.append((running.launcher.hostname, "the launcher could not be ended from here; run falcon kill there"))
     return done
 
 

@@ -11,11 +11,12 @@ from falcon_dist.contract import EXIT_FAILED
 from launcher import ledger, render, retry
 from launcher.config import LaunchConfig
 from launcher.console import Console
-from launcher.errors import LaunchError
+from launcher.errors import Interruption, LaunchError
 from launcher.events import Cause
 from launcher.hostfile import Hostfile
+from launcher.interrupts import cause_of, interruptible
 from launcher.ledger import Entry
-from launcher.report import RunReport
+from launcher.report import RunReport, outcome_of
 from launcher.retry import Again, Past, Policy
 
 Attempt = Callable[[LaunchConfig, Hostfile], RunReport]
@@ -41,7 +42,19 @@ class Series:
         Raises:
             UserError: what was asked for cannot be.
             LaunchError: a host did not do its part, and there was no attempt that could be reported.
+            Interruption: a signal asked to end before there was one.
         """
+        try:
+            with interruptible():
+                why = self._until_over()
+        except Interruption as asked:
+            if not self._entries:
+                raise
+            return self._interrupted(asked.signal)
+        return self._report(why)
+
+    def _until_over(self) -> str:
+        """Makes the attempts; why there is no further one."""
         while True:
             began = time.monotonic()
             try:
@@ -53,7 +66,19 @@ class Series:
                 case Again() as again:
                     self._prepare_next(again)
                 case retry.Stop(why=why):
-                    return self._report(why)
+                    return why
+
+    def _interrupted(self, number: int) -> RunReport:
+        """The report of a run that a signal ended when none of its attempts could be stopped."""
+        cause = cause_of(number)
+        report = self._report(f"not started again: {render.signal_name(number)} came before the next attempt")
+        return dataclasses.replace(
+            report,
+            outcome=outcome_of(cause),
+            exit_code=cause.exit_code,
+            cause=cause,
+            interrupted=cause.kind == "interrupt",
+        )
 
     def _take(self, report: RunReport, began: float) -> None:
         failure = render.failure_text(report)

@@ -16,6 +16,7 @@ from typing import IO, Any, Final, Protocol
 
 from launcher.errors import LaunchError
 from launcher.hostfile import LOCAL, HostEntry
+from launcher.render import signal_name
 from launcher.wire import Lines, Outbox
 
 AGENT: Final = (sys.executable, "-P", "-m", "launcher.agent")
@@ -150,6 +151,12 @@ class Channel:
         said = b"" if self._errors is None else _tail(self._errors)
         lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
         return (lines or list(self._noise) or [""])[-1]
+
+    def how_ended(self, code: int | None) -> str:
+        """The signal that killed the agent, or else its exit code as ``close`` returned it, with its last words."""
+        number = self.died or (-code if code is not None and code < 0 else None)
+        words = self.last_words()
+        return signal_name(number) if number else f"exit code {code}{f': {words}' if words else ''}"
 
     def _event(self, line: bytes) -> dict[str, Any] | None:
         try:
