@@ -128,8 +128,15 @@ def only(hosts: Hostfile, within: Allocation) -> Hostfile:
             )
         if entry.user is not None:
             raise UserError(f'{hosts.place_of(entry)}: srun takes no user: "{entry.user}@{entry.host}"; leave it out')
-        entries.append(dataclasses.replace(entry, host=found.host))
+        entries.append(_filtered(entry, found))
     return dataclasses.replace(hosts, entries=tuple(entries))
+
+
+def _filtered(entry: HostEntry, found: HostEntry) -> HostEntry:
+    """An entry of the filter with the job's own name and, where it says nothing of slots, the job's tasks."""
+    if entry.slots is None and entry.max_slots is None:
+        entry = dataclasses.replace(entry, slots=found.slots, max_slots=found.max_slots)
+    return dataclasses.replace(entry, host=found.host)
 
 
 def is_here_only(hosts: Hostfile) -> bool:

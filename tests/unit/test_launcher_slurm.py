@@ -78,6 +78,11 @@ def test_a_hostfile_is_a_filter_of_the_job():
         slurm.only(parse("me@node01\n", "hosts"), job())
 
 
+def test_a_filter_that_says_nothing_of_slots_keeps_the_jobs_tasks():
+    chosen = slurm.only(parse("gpu7 slots=1\nnode01\n", "hosts"), job(SLURM_NTASKS="5"))
+    assert [(e.host, e.slots, e.max_slots) for e in chosen.entries] == [("gpu7", 1, None), ("node01", 2, 4)]
+
+
 def test_who_reaches_what_and_how():
     alone = reach(LaunchSettings(), {})
     inside = reach(LaunchSettings(nnodes=2), JOB)
