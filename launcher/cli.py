@@ -139,6 +139,7 @@ def policy_of(settings: LaunchSettings) -> Policy:
     """
     return Policy(
         nproc_per_node=settings.nproc_per_node,
+        by_slots=settings.by_slots,
         per=settings.ranks_per,
         sockets=_list_of("--sockets", settings.sockets),
         numa_nodes=_list_of("--numa-nodes", settings.numa_nodes),

@@ -22,8 +22,12 @@ from launcher.redaction import is_secret, redact_value
 Backend = Literal["auto", "gloo", "ccl", "ccl-intel"]
 RECIPES: Final = Path(falcon_dist.__file__).parent / "recipes"
 DEFAULT_RECIPE: Final = "demo"
-NPROC_WORDS: Final = ("auto", "numa", "socket")
-"""What may stand for a number of ranks."""
+NPROC_WORDS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "auto": {"by_slots": True},
+    "numa": {"by_slots": False, "ranks_per": "numa_node"},
+    "socket": {"by_slots": False, "ranks_per": "socket"},
+}
+"""What may stand for a number of ranks, and what it means."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +57,8 @@ class LaunchSettings:
     nproc_per_node: int | None = None
     """Ranks on each node; None (written "auto"): its slots, or one for each ``ranks_per``."""
     ranks_per: Literal["numa_node", "socket"] = "numa_node"
+    by_slots: bool = True
+    """False (nproc_per_node is "numa" or "socket"): one for each ``ranks_per``; slots only say how many at most."""
     sockets: str | None = None
     """Use these sockets of each node only, as "0"."""
     numa_nodes: str | None = None
@@ -189,8 +195,8 @@ def _in_words(values: Mapping[str, Value]) -> dict[str, Value]:
     given = values.get("launch.nproc_per_node")
     if given is None or given.value not in NPROC_WORDS:
         return {}
-    per = {"launch.ranks_per": Value("socket", given.source)} if given.value == "socket" else {}
-    return {"launch.nproc_per_node": Value(None, given.source), **per}
+    meant = {"nproc_per_node": None, **NPROC_WORDS[given.value]}
+    return {f"launch.{key}": Value(value, given.source) for key, value in meant.items()}
 
 
 def _range_of_nodes(values: Mapping[str, Value]) -> dict[str, Value]:

@@ -231,7 +231,7 @@ def _core_flags(parser: _Parser) -> None:
         "--nproc-per-node",
         also=("--nprocs-per-node", "-ppn"),
         metavar="N",
-        help='ranks on each host; "auto": its slots, or one per NUMA node; "socket": one per socket',
+        help='ranks on each host; "auto": its slots, or one per NUMA node; "numa", "socket": one for each',
     )
     flag("--sockets", metavar="LIST", help='use these sockets only, as "0"')
     flag("--numa-nodes", also=("--nodes-list",), metavar="LIST", help='use these NUMA nodes only, as "0-1"')

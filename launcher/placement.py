@@ -25,6 +25,8 @@ class Policy:
 
     nproc_per_node: int | None = None
     """None: the host's slots, else one rank for each ``per``."""
+    by_slots: bool = True
+    """False: one for each ``per`` whatever the slots, which only say how many a host takes at most."""
     per: Per = "numa_node"
     sockets: CpuSet | None = None
     """Use these sockets only."""
@@ -102,6 +104,8 @@ def bindings(node: Node, policy: Policy) -> list[Binding]:
         UserError: as for ``place``.
     """
     groups = usable_cores(node, policy)
+    if policy.per == "socket":  # a NUMA node, or a machine that tells of none, can span sockets
+        groups = [part for group in groups for part in _sockets_of(group)]
     budget = budget_of(node.facts.topology, groups, policy)
     count, seats = _count(node, policy, groups, budget)
     # A worker without a core of its own, or a rank without one to compute on, is no placement.
@@ -154,7 +158,9 @@ def _count(
     node: Node, policy: Policy, groups: Sequence[Sequence[UsableCore]], budget: int
 ) -> tuple[int, tuple[int, ...]]:
     """Into how many parts the node is cut, and which of them become ranks."""
-    wanted, entry = policy.nproc_per_node, node.entry
+    units = len({g[0].socket for g in groups}) if policy.per == "socket" else len(groups)
+    units = max(1, min(units, budget // (1 + policy.comm_cores)))
+    wanted, entry = policy.nproc_per_node or (None if policy.by_slots else units), node.entry
     if entry.seats is not None and entry.slots is not None:
         if wanted is not None and wanted > len(entry.seats):
             raise UserError(_over_slots(node, wanted, len(entry.seats)))
@@ -162,8 +168,7 @@ def _count(
     most = entry.max_slots or entry.slots
     if wanted is not None and most is not None and wanted > most:
         raise UserError(_over_slots(node, wanted, most))
-    units = len({g[0].socket for g in groups}) if policy.per == "socket" else len(groups)
-    count = wanted or entry.slots or max(1, min(units, budget // (1 + policy.comm_cores)))
+    count = wanted or entry.slots or units
     return count, tuple(range(count))
 
 
@@ -174,7 +179,7 @@ def _over_slots(node: Node, wanted: int, most: int) -> str:
 def _too_many(node: Node, policy: Policy, count: int, budget: int) -> str:
     topology = node.facts.topology
     quota = "" if topology.quota_cpus is None else f", CPU quota {topology.quota_cpus:g}"
-    from_slots = policy.nproc_per_node is None and node.entry.slots is not None
+    from_slots = policy.nproc_per_node is None and policy.by_slots and node.entry.slots is not None
     place = node.place if from_slots else "--nproc-per-node"
     comm = f" that keep {policy.comm_cores} cores each for communication" if policy.comm_cores else ""
     most = budget // (1 + policy.comm_cores)
@@ -195,6 +200,13 @@ def _divide(groups: list[list[UsableCore]], count: int, per: Per) -> list[list[U
     if len(groups) % count == 0:
         return [_interleave(part) for part in _chunks(groups, count)]
     return _chunks([core for group in groups for core in group], count)
+
+
+def _sockets_of(group: list[UsableCore]) -> list[list[UsableCore]]:
+    found: dict[int, list[UsableCore]] = defaultdict(list)
+    for core in group:
+        found[core.socket].append(core)
+    return list(found.values())
 
 
 def _by_socket(groups: list[list[UsableCore]]) -> list[list[list[UsableCore]]]:

@@ -53,6 +53,15 @@ def test_a_fault_is_one_line_that_names_place_and_value(flags, words, tmp_path, 
     assert "\n" not in str(fault.value)
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("auto", (True, "numa_node")), ("numa", (False, "numa_node")), ("socket", (False, "socket"))],
+)
+def test_words_for_a_number_of_ranks(word, meant):
+    launch = config.load(command_line.parse(["--nproc-per-node", word]).flags).launch
+    assert (launch.nproc_per_node, launch.by_slots, launch.ranks_per) == (None, *meant)
+
+
 def test_a_faulty_recipe_is_named(tmp_path):
     with pytest.raises(UserError, match=r"r\.toml: not TOML"):
         config.load(Flags(recipe=recipe(tmp_path, "[optim\n")))

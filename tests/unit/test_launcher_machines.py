@@ -72,6 +72,11 @@ MACHINES = {
     "cpuset without cpu 0": ({"sockets": 2, "allowed": "1-3,5-7"}, {}, [("1-2", "3", "0"), ("5-6", "7", "1")]),
     "quota of 3.5": ({"sockets": 2, "cpu_max": "350000 100000"}, {"comm_cores": 0}, [("0-1", "", "0"), ("4", "", "1")]),
     "no NUMA": ({"sockets": 2, "numa": False}, {}, [("0-6", "7", "")]),
+    "no NUMA, a rank per socket": (
+        {"sockets": 2, "numa": False},
+        {"per": "socket"},
+        [("0-2", "3", ""), ("4-6", "7", "")],
+    ),
     "uneven sockets": (
         {"sockets": 2, "cores_per_node": [6, 3]},
         {},
@@ -158,6 +163,17 @@ def test_slots(entry, nproc, expected, tmp_path):
         return
     with pytest.raises(UserError, match=f"^hosts:7: .*{expected}"):
         bindings(node, Policy(nproc_per_node=nproc))
+
+
+@pytest.mark.parametrize(("slots", "expected"), [(4, 2), (2, 2), (1, "takes 1 ranks, fewer than")])
+def test_a_word_counts_more_than_slots(slots, expected, tmp_path):
+    node = only_node(sysfs.read(write_tree(tmp_path, sockets=2, nodes_per_socket=2)), slots=slots)
+    policy = Policy(by_slots=False, per="socket")
+    if isinstance(expected, int):
+        assert [str(b.mem_nodes) for b in bindings(node, policy)] == ["0-1", "2-3"]
+        return
+    with pytest.raises(UserError, match=expected):
+        bindings(node, policy)
 
 
 def test_every_unused_cpu_is_explained(tmp_path):
