@@ -13,7 +13,8 @@ TRAINING: Final = "train"
 """The phase in which steps are due; in any other one (loading, saving, evaluating) nothing is."""
 MEDIANS: Final = 5.0
 FIRST_STEP_S: Final = 1800.0
-"""How long the first step may take, when nothing is known of how long steps take."""
+"""How long the first step may take at least, when nothing is known of how long steps take; less only by a short
+``least_s``."""
 REMEMBERED: Final = 64
 
 
@@ -60,7 +61,7 @@ class Watch:
     @property
     def limit_s(self) -> float:
         """How long no step may come."""
-        first = max(FIRST_STEP_S, self.least_s) if self.least_s == LEAST_S else 10 * self.least_s
+        first = 10 * self.least_s if self.least_s < LEAST_S else max(FIRST_STEP_S, 10 * self.least_s)
         return first if self.median_s is None else max(self.least_s, MEDIANS * self.median_s)
 
     def overdue(self, now: float) -> str | None:

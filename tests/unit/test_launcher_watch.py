@@ -1,5 +1,7 @@
 from pathlib import Path
 
+import pytest
+
 from launcher.standing import Stand, accuse
 from launcher.watch import Watch
 
@@ -70,6 +72,14 @@ def test_the_first_step_has_half_an_hour_and_ranks_without_phases_for_ever():
     silent.stepped(0, 1.0)
     assert silent.overdue(1e6) is None
     assert Watch(0.0).overdue(1e6) is None
+
+
+@pytest.mark.parametrize(("least_s", "first_s"), [(5, 50), (59, 590), (60, 1800), (61, 1800), (180, 1800), (600, 6000)])
+def test_more_patience_with_steps_is_never_less_with_the_first(least_s, first_s):
+    watch = Watch(least_s)
+    watch.entered(0, "train", 0.0)
+    assert watch.overdue(first_s) is None
+    assert watch.overdue(first_s + 1)
 
 
 def test_ranks_that_ended_are_not_waited_for():
