@@ -244,6 +244,8 @@ def _env_file(name: str | None) -> list[str]:
         lines = Path(name).read_text(encoding="utf-8").splitlines()
     except OSError as fault:
         raise UserError(f'--env-file: cannot be read: "{name}"; {fault.strerror}') from fault
+    except UnicodeDecodeError as fault:
+        raise UserError(f'--env-file: not UTF-8 text: "{name}"; give NAME=VALUE lines') from fault
     rows = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     return [_env_line(name, number, line) for number, line in rows if line and not line.startswith("#")]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from launcher import roster
 from launcher.config import LaunchConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # a --dry-run has no report, and every import delays it
     from launcher.report import RunReport
 
 RUNNING_FILE = "running.json"
+_ATTEMPT: Final = re.compile(r"attempt_([0-9]+)")
 NOT_NAMED = "<new>"
 """Run id of a dry run that was given none."""
 
@@ -35,7 +37,7 @@ def site_of(config: LaunchConfig, *, dry_run: bool) -> Site:
     run_dir = Path(config.launch.runs_dir).absolute() / run_id
     if run_dir.exists() and not config.resume_from:
         raise UserError(f'--run-id: this run exists: "{run_dir}"; use --resume {run_id}, or another name')
-    numbers = [int(p.name.removeprefix("attempt_")) for p in run_dir.glob("attempt_[0-9]*")]
+    numbers = [int(found[1]) for p in run_dir.glob("attempt_*") if (found := _ATTEMPT.fullmatch(p.name))]
     return Site(run_id=run_id, attempt=max(numbers, default=0) + 1, run_dir=str(run_dir), cwd=str(Path.cwd()))
 
 

@@ -111,7 +111,8 @@ class Trunk:
         """Commands of all channels, until all have hung up."""
         if self._srun.stdin is None:
             raise ValueError("srun needs its input")
-        with self._srun.stdin as down, selectors.DefaultSelector() as selector, contextlib.suppress(BrokenPipeError):
+        # Outermost: closing a pipe that nobody reads any more can fail as well, where it still holds something.
+        with contextlib.suppress(BrokenPipeError), self._srun.stdin as down, selectors.DefaultSelector() as selector:
             for host, branch in self.branches.items():
                 selector.register(branch.commands, selectors.EVENT_READ, (host, Lines(branch.commands)))
             while selector.get_map():

@@ -86,6 +86,12 @@ def test_env_file_and_flags_join_in_order(tmp_path):
         config.load(Flags(env_file=str(tmp_path / "env")))
 
 
+def test_an_env_file_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "env").write_bytes("A=ä\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r'^--env-file: not UTF-8 text: ".*/env"; give NAME=VALUE lines$'):
+        config.load(Flags(env_file=str(tmp_path / "env")))
+
+
 def test_a_secret_is_kept_by_name_only():
     loaded = config.load(Flags(env=("HF_TOKEN=abc", "A=b", "http_proxy=http://me:pw@host")))
     assert loaded.to_json()["launch"]["env"] == ["HF_TOKEN", "A=b", "http_proxy"]

@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from launcher.errors import UserError
 from launcher.hostfile import parse
 from launcher.reach import reach
 from launcher.topology import Topology
+from launcher.trunk import Trunk
 
 JOB = {
     "SLURM_JOB_ID": "12",
@@ -108,6 +111,19 @@ def test_cpus_that_differ_from_what_the_job_has_are_told():
     assert len(told) == 2
     assert told[0].startswith("node01: 1 of the 4 cpus that the job has there can be used; --cpus-per-task was lost")
     assert told[1] == "gpu7: 8 cpus can be used, the job has 2 there: this Slurm does not confine jobs"
+
+
+def test_an_srun_that_fails_at_once_is_an_exit_code_and_no_traceback(monkeypatch):
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    trunk = Trunk(["node1"], ["false"])
+    branch = trunk.branches["node1"]
+    assert branch.over.wait(10)
+    branch.stdin.write(b"{}\n")
+    for thread in threading.enumerate():
+        if thread.name.startswith("srun"):
+            thread.join(10)
+    assert (branch.wait(), raised) == (1, [])
 
 
 lines_ = st.lists(st.tuples(st.sampled_from(["node1", "node10"]), st.binary(max_size=3000)))

@@ -22,6 +22,7 @@ from launcher.events import (
     StartRanks,
     TimeUp,
 )
+from launcher.folder import site_of
 from launcher.patience import Patience
 from launcher.report import RunReport, outcome_of
 from launcher.slurm import JobState
@@ -128,6 +129,14 @@ def test_a_named_run_goes_on_and_no_other(tmp_path):
     mine = make_run(tmp_path, "mine", checkpoint=False)  # it was ended before its first checkpoint
     again = load(*words)
     assert (again.resume_from, again.launch.run_id) == (str(mine), "mine")
+
+
+def test_a_copy_of_an_attempt_in_the_run_folder_is_no_attempt(tmp_path):
+    mine = make_run(tmp_path, "mine", checkpoint=True)
+    for name in ("attempt_1.bak", "attempt_3", "attempt_7_old"):
+        (mine / name).mkdir()
+    loaded = load("--runs-dir", str(tmp_path), "--resume", "mine")
+    assert site_of(loaded, dry_run=True).attempt == 4
 
 
 @pytest.mark.parametrize("where", ["recipe", "--set"])
