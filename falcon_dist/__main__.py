@@ -73,8 +73,17 @@ def _run(verb: str, words: list[str]) -> int:
 
     result = train(config, folder, resume=args.resume).result
     if contract.RANK_DIR in os.environ:
-        result.write(Path(os.environ[contract.RANK_DIR]))
+        _keep(result, Path(os.environ[contract.RANK_DIR]))
     return EXIT_STOPPED if result.status == "stopped" else 0
+
+
+def _keep(result: RankResult, folder: Path) -> None:
+    try:
+        result.write(folder)
+    except OSError as error:
+        raise UserError(
+            f'the result cannot be written to "{folder}": {error.strerror}; is the run folder gone?'
+        ) from error
 
 
 def _leave_failure(error: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -12,15 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from cluster.hosts import Host, Hosts
-from launching import BIN, weights_digest
+from launching import BIN
+from safetensors import SafetensorError, safe_open
 from tiny_models import TEXT, falcon_7b, write_model
 
 from chaos.job import END_S, Job
 from chaos.table import Mode
 
 LAUNCH, FALCON = str(BIN / "falcon-launch"), str(BIN / "falcon")
-STEPS, EVERY = 60, 10
+STEPS, EVERY = 120, 10
 INSIDE = Path(__file__).with_name("inside")
 RECIPE = """
 [model]
@@ -60,7 +63,7 @@ class Bed:
         """Seen by all hosts."""
         self.inputs = self.shared / "inputs"
         self.reference: Mapping[str, str] = {}
-        """sha256 of every file of weights and optimizer that an undisturbed run ends with."""
+        """sha256 of every tensor of weights and optimizer that an undisturbed run ends with."""
         self.start_s = 0.0
         """Seconds from an undisturbed run's start to its first step."""
         self.work = self.shared
@@ -114,10 +117,14 @@ class Bed:
         return ["--env", f"CHAOS={rank}:{step}:{what}", "--env", f"PYTHONPATH={INSIDE}"]
 
     def weights(self, run: Path, step: int = STEPS) -> Mapping[str, str]:
-        """sha256 of what a run has at a step; empty: it has no such checkpoint."""
-        with suppress(OSError, ValueError):
-            return weights_digest(run / f"checkpoints/step-{step:06d}", ("model", "train_state/optimizer"))
-        return {}
+        """sha256 of every tensor that a run has at a step, for which ranks wrote which of them is not the same where
+        a host does not see the folder; empty: it has no such checkpoint.
+        """
+        folder, found = run / f"checkpoints/step-{step:06d}", {}
+        with suppress(OSError, ValueError, SafetensorError):
+            for file in (*folder.glob("model*.safetensors"), *folder.glob("train_state/optimizer*.safetensors")):
+                found |= digests(file)
+        return found
 
     def compute_reference(self) -> None:
         """The undisturbed run."""
@@ -166,6 +173,17 @@ def write_inputs(folder: Path) -> None:
     lines = [{"text": f"{n}: {TEXT[n % len(TEXT)]}"} for n in range(60)]
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "recipe.toml").write_text(RECIPE.format(folder=folder, steps=STEPS, every=EVERY))
+
+
+def digests(file: Path) -> dict[str, str]:
+    """sha256 of each tensor of a safetensors file, by the file's kind and the tensor's name."""
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
+    kind = file.name[:5]
+    return {
+        f"{kind} {name}": hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+        for name, tensor in tensors.items()
+    }
 
 
 def build_library(source: str, folder: Path, name: str) -> Path:

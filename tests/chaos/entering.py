@@ -47,7 +47,7 @@ def interrupted(bed: Bed) -> Found:
     job.mark()
     os.kill(pid, number)
     if bed.mode == "hosts":
-        time.sleep(0.2)
+        time.sleep(0.05)
         os.kill(pid, number)
     code = job.end(20)
     down_s = time.monotonic() - job.injected_at

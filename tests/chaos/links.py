@@ -192,7 +192,7 @@ def firewall(bed: Bed) -> Found:
     command(*netns, "-f", "-", input=f"table inet chaos {{\n{rules}}}\n")
     try:
         job = bed.train()
-        named = "firewall" if bed.mode == "local" else "node2: .*reach"
+        named = "firewall" if bed.mode == "local" else "node2 .*reach"
         return refused(bed, job, named, (1, 2), within=40)
     finally:
         command(*netns, "delete", "table", "inet", "chaos")
