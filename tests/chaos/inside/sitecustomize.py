@@ -26,14 +26,14 @@ def in_main_thread(kind: type[BaseException]) -> None:
 
 
 def flip_a_weight() -> None:
-    """One low bit of one weight of this rank differs from now on: of the fp32 master, of which the bf16 weight is a
+    """One bit of one weight of this rank differs from now on: of the fp32 master, of which the bf16 weight is a
     copy that every step makes anew.
     """
     import torch
 
     optimizers = [o for o in gc.get_objects() if isinstance(o, torch.optim.Optimizer)]
     masters = [state["master"] for one in optimizers for state in one.state.values() if "master" in state]
-    masters[-1].view(torch.int32).view(-1)[7] ^= 1
+    masters[-1].view(torch.int32).view(-1)[7] ^= 1 << 20  # a low one can be rounded away by the next update
 
 
 def bring_about(what: str) -> None:
