@@ -54,6 +54,7 @@ class Crew:
         self._told: set[str] = set()
         self._oom_kills = memory.oom_kills()
         self._stacks_at: float | None = None
+        self._waits: dict[int, int] = {}
         self.sockets: dict[str, socket.socket] = {}
         """Listening sockets by the name a TaskPlan knows them by."""
 
@@ -96,14 +97,18 @@ class Crew:
             child.ask(request)
         if request == "stacks":
             self._stacks_at = time.monotonic() + STACKS_S
+            self._waits = {child.pid: stacks.waits(child.pid) for child in asked}
 
     def tell_stacks(self) -> None:
         """Tells where every rank of this node stands, a moment after that was asked."""
         if self._stacks_at is not None and time.monotonic() >= self._stacks_at:
             self._stacks_at = None
             ranks = [c for c in self._children.values() if c.order.name == "rank"]
-            told = [{"rank": c.order.rank, **stacks.standing(c.pid, c.order.folder)} for c in ranks]
-            self._host.emit("stacks", ranks=told)
+            self._host.emit("stacks", ranks=[self._standing_of(child) for child in ranks])
+
+    def _standing_of(self, child: Child) -> dict[str, Any]:
+        waits_hz = (stacks.waits(child.pid) - self._waits.get(child.pid, 0)) / STACKS_S
+        return {"rank": child.order.rank, **stacks.standing(child.pid, child.order.folder, waits_hz)}
 
     def end_all(self) -> None:
         """Leaves nothing running."""

@@ -11,11 +11,32 @@ MOST_BYTES: Final = 1 << 16
 CRASHED: Final = "Fatal Python error: "
 """faulthandler's first words."""
 CRASH_LINES: Final = 15
+LOCKED: Final = "L"
+"""Waits for the interpreter's lock; not one of the kernel's letters."""
+LOCKED_HZ: Final = 50
+"""A thread of CPython that wants the interpreter's lock asks for it 200 times a second (sys.getswitchinterval); one
+that waits for its peers sleeps until they have come."""
 
 
-def standing(pid: int, folder: Path) -> dict[str, str]:
-    """The kernel's letter for the process's state, and its stacks; empty texts where there are none."""
-    return {"state": _state(pid), "stacks": _stacks(folder / STACKS_FILE)}
+def standing(pid: int, folder: Path, waits_hz: float) -> dict[str, str]:
+    """The kernel's letter for the process's state, or LOCKED, and its stacks; empty texts where there are none.
+
+    ``waits_hz``: how often a second its main thread began to wait, of late.
+    """
+    state = _state(pid)
+    return {
+        "state": LOCKED if state == "S" and waits_hz > LOCKED_HZ else state,
+        "stacks": _stacks(folder / STACKS_FILE),
+    }
+
+
+def waits(pid: int) -> int:
+    """How often the process's main thread has begun to wait; 0: it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/task/{pid}/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("voluntary_ctxt_switches")))
+    except (OSError, StopIteration):
+        return 0
 
 
 def crash(stderr: Path) -> list[str]:

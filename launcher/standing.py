@@ -8,12 +8,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from launcher.events import Traced
+from launcher.stacks import LOCKED
 
 WAITING: Final = re.compile(r"_engine_run_backward|distributed_c10d|all_reduce|all_gather|broadcast|barrier|\bwait\b")
 """Frames in which a rank waits for its peers: DDP's all-reduce runs inside the backward pass."""
 NEAR: Final = 4
 """Frames nearest to where a thread stands that are looked at."""
-STATES: Final = {"T": "is stopped (by a signal or a debugger)", "t": "is held by a debugger", "D": "waits for a disk"}
+STATES: Final = {
+    "T": "is stopped (by a signal or a debugger)",
+    "t": "is held by a debugger",
+    "D": "waits for a disk",
+    LOCKED: "waits for Python's global lock, which another of its threads holds",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +30,7 @@ class Stand:
     host: str
     last_step: int
     state: str
-    """The kernel's letter for it: R, S, D, T ..."""
+    """The kernel's letter for it: R, S, D, T ..., or LOCKED."""
     stacks: str
     """What faulthandler wrote; empty: nothing came."""
 

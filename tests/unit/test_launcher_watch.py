@@ -1,7 +1,11 @@
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from launcher import stacks
 from launcher.standing import Stand, accuse
 from launcher.watch import Watch
 
@@ -104,6 +108,34 @@ def test_a_stopped_rank_is_accused_before_one_that_is_behind():
         "rank 0 (host node0) is stopped (by a signal or a debugger)",
     )
     assert accused(stand(0), stand(1, step=4))[0] == 1
+
+
+HOLDS = """
+import ctypes, threading
+threading.Thread(target=lambda: ctypes.PyDLL(None).sleep(60), daemon=True).start()
+while True: pass
+"""
+WAITS = "import threading; threading.Event().wait()"
+
+
+@pytest.mark.parametrize(("program", "state"), [(HOLDS, "L"), (WAITS, "S")])
+def test_a_process_of_which_a_thread_keeps_the_interpreters_lock_is_told_from_one_that_waits(tmp_path, program, state):
+    process = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        deadline = time.monotonic() + 20
+        told = ""
+        while told != state and time.monotonic() < deadline:
+            before = stacks.waits(process.pid)
+            time.sleep(0.5)
+            told = stacks.standing(process.pid, tmp_path, (stacks.waits(process.pid) - before) / 0.5)["state"]
+        assert told == state
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_one_that_keeps_its_interpreters_lock_is_accused_where_all_wait():
+    assert accused(stand(0), stand(1, state="L"))[0] == 1
 
 
 def test_the_one_that_does_not_wait_for_its_peers_is_accused():
