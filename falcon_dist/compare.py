@@ -93,11 +93,16 @@ def compare(argv: Sequence[str]) -> int:
         UserError: a model or the data cannot be used, or there is nothing to compare on.
     """
     args = parse_args(argv)
+    if args.max_length < 1:
+        raise UserError(f'falcon compare: --max-length must be at least 1: "{args.max_length}"')
     config = _settings(args)
     prompts = (*args.prompt, *(read_prompts(args.prompts) if args.prompts else prompts_of(config.evaluate)))
     store = _rows(config, args.base)
     if not prompts and not (store and len(store.evaluation)):
-        raise UserError("falcon compare: nothing to compare on; give --data or --prompt")
+        raise UserError(
+            f'falcon compare: nothing to compare on: "{args.tuned}" is of no run with held-out rows; '
+            "give --data or --prompt"
+        )
     with open_group(World(), {}):
         base, tuned = (_side(name, args, store, prompts, config.data.template) for name in (args.base, args.tuned))
     rows = len(store.evaluation) if store else 0

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from falcon_dist.agreement import check_numbers
 from falcon_dist.config import DataConfig
 from falcon_dist.contract import UserError
 from falcon_dist.encode import encode
@@ -38,6 +39,8 @@ _PLACES: Final = 5
 """Places of left-out records that are told for each reason; the file has all."""
 _WHERE_FROM: Final = ("name", "mix", "eval_name", "split", "subset", "revision", "streaming", "on_bad")
 """Settings that only say where records come from: their content's hash stands for them."""
+
+_SIDES: Final = {"train": "records to learn", "eval": "held-out records"}
 
 T = TypeVar("T")
 
@@ -106,10 +109,7 @@ def gather(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Material:
     Raises:
         UserError: a setting that no data can satisfy, or data that is not there.
     """
-    if config.max_length < 2:
-        raise UserError(f'data.max_length must be at least 2: "{config.max_length}"')
-    if not 0 <= config.eval_share < 1:
-        raise UserError(f'data.eval_share must be from 0 to below 1: "{config.eval_share}"')
+    check_numbers({"data": asdict(config)})
     if not (config.human_mark and config.answer_mark):
         raise UserError("data.human_mark and data.answer_mark must not be empty")
     return Material(
@@ -159,6 +159,10 @@ def _fill(material: Material, recipe: Mapping[str, Any], parts: Parts) -> dict[s
             forecast.add(len(sample.tokens))
     for name, packer in packers.items():
         parts[name].write(packer.finish())
+        if packer.tally.rows and not packer.tally.loss_tokens:
+            raise UserError(
+                f"data: no token of the {_SIDES[name]} carries loss; raise data.max_length or set data.loss=all"
+            )
     return {
         "recipe": dict(recipe),
         "max_length": config.max_length,
@@ -179,12 +183,13 @@ def _samples(material: Material, skipped: Skipped, taken: collections.Counter[st
 def find_passages(material: Material, skipped: Skipped, taken: collections.Counter[str]) -> Iterator[Found]:
     """Every record of use in order; ``taken`` counts those of each source, ``skipped`` learns of the others."""
     config = material.config
+    share = 0.0 if material.eval_source else config.eval_share
     for number, (name, key, item) in enumerate(_stream(material)):
         if isinstance(item, Fault):
             skipped.add(item)
             continue
         try:
-            held = key is None or held_out(_key(item, key, config), config.eval_share)
+            held = key is None or (bool(share) and held_out(_key(item, key, config), share))
             passage = passage_of(item.values, config, material.tokenizer)
         except BadRecord as bad:
             skipped.add(Fault.of(item.place, bad))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import PreTrainedConfig
+
+from falcon_dist.agreement import check_agreement
+from falcon_dist.config import TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.native import load_config
 from falcon_dist.host_memory import total_bytes
@@ -43,10 +48,7 @@ def estimate(argv: Sequence[str]) -> int:
     plan = load_config(find_model(config.model), config.model)
     host = int(args.memory * GIB) if args.memory else total_bytes()
     world_size = args.nproc_per_node * args.nnodes
-    found = {
-        name: predict(dataclasses.replace(config, strategy=name), plan, world_size)
-        for name in dict.fromkeys((config.strategy, *NEAREST))
-    }
+    found = _predictions(config, plan, world_size)
     told = [_row(name, memory, args.nproc_per_node, host) for name, memory in found.items()]
     if args.format == "json":
         print(json.dumps({"host_bytes": host, "asked": config.strategy, "strategies": told}))
@@ -61,6 +63,18 @@ def estimate(argv: Sequence[str]) -> int:
                 f"{asked} {row['strategy']:12} {row['host_bytes'] / GIB:8.2f} GiB a host, {verdict:13} {memory.text()}"
             )
     return 0 if told[0]["fits"] else 1
+
+
+def _predictions(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> dict[str, RankMemory]:
+    """By strategy, the one asked for first; others that this model or these settings cannot have are left out."""
+    check_agreement(config)
+    found: dict[str, RankMemory] = {config.strategy: predict(config, plan, world_size)}
+    for name in NEAREST:
+        other = dataclasses.replace(config, strategy=name)
+        with contextlib.suppress(UserError):
+            check_agreement(other)
+            found.setdefault(name, predict(other, plan, world_size))
+    return found
 
 
 def _row(name: str, memory: RankMemory, ranks: int, host: int) -> dict[str, Any]:

@@ -24,15 +24,15 @@ class Shard:
     tensors: tuple[str, ...]
 
 
-def parse_size(text: str) -> int:
-    """ "200MB" -> 200,000,000, as transformers reads it.
+def parse_size(text: str, name: str = "checkpoint.max_shard_size") -> int:
+    """ "200MB" -> 200,000,000, as transformers reads it; ``name``: what gave it.
 
     Raises:
         UserError: no such size.
     """
     told = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", text.strip().upper())
     if told is None or not float(told[1]):
-        raise UserError(f'checkpoint.max_shard_size must be a size as in "200MB" or "2GB": "{text}"')
+        raise UserError(f'{name} must be a size as in "200MB" or "2GB": "{text}"')
     return int(float(told[1]) * _UNITS[told[2]])
 
 

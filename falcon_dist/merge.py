@@ -14,6 +14,7 @@ from falcon_dist.config import ModelConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.foreign import check_weights
 from falcon_dist.engine.native import ADAPTER_CONFIG, base_of, load_model, load_tokenizer
+from falcon_dist.layout import parse_size
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -35,6 +36,7 @@ def merge(argv: Sequence[str]) -> int:
         UserError: there are no adapters, they do not verify, their model cannot be had, or FOLDER exists.
     """
     args = parse_args(argv)
+    parse_size(args.max_shard_size, "falcon merge: --max-shard-size")
     facts = _facts_of(args.adapter)
     if args.into.exists():
         raise UserError(f'falcon merge: "{args.into}" exists already; name a new folder')

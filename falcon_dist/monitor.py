@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from falcon_dist.config import EvaluateConfig
+from falcon_dist.config import EvaluateConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.evaluate import HeldOut
 from falcon_dist.readers import read_file
@@ -50,18 +50,19 @@ def exhausted(points: Sequence[Point], patience: int | None, min_gain: float) ->
     return sum(found.step > best.step for found in points) >= patience
 
 
-def check_evaluate(config: EvaluateConfig, held_out_rows: int, prompts: Sequence[str]) -> None:
-    """Raises UserError for settings that cannot be followed."""
-    if config.every < 0:
-        raise UserError(f'evaluate.every must be at least 0: "{config.every}"')
-    if config.patience is not None and config.patience < 1:
-        raise UserError(f'evaluate.patience must be at least 1 or "none": "{config.patience}"')
-    if config.patience is not None and not config.every:
-        raise UserError("evaluate.patience counts evaluations along the way: set evaluate.every")
+def check_evaluate(config: EvaluateConfig, held_out_rows: int) -> None:
+    """Raises UserError for settings that need what there is not."""
     if config.patience is not None and not held_out_rows:
         raise UserError("evaluate.patience needs held-out rows: set data.eval_share or data.eval_name")
-    if config.every and not (held_out_rows or prompts or config.prompts_file):
+    if config.every and not (held_out_rows or config.prompts or config.prompts_file):
         raise UserError("evaluate.every has nothing to evaluate: set data.eval_share or evaluate.prompts_file")
+
+
+def evaluates(config: TrainConfig) -> bool:
+    """Whether anything is measured besides the training loss: held-out rows, or answers to prompts."""
+    return bool(
+        config.data.eval_share or config.data.eval_name or config.evaluate.prompts or config.evaluate.prompts_file
+    )
 
 
 def prompts_of(config: EvaluateConfig) -> tuple[str, ...]:

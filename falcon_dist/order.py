@@ -6,10 +6,12 @@ global batch), whatever the number of ranks; to resume, the step is all that mus
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
 
+from falcon_dist.agreement import check_numbers
 from falcon_dist.config import LoopConfig
 from falcon_dist.contract import UserError
 
@@ -111,7 +113,7 @@ def plan_schedule(loop: LoopConfig, *, num_rows: int, world_size: int, seed: int
     _check_counts(loop, num_rows)
     grad_accum = _grad_accum(loop, world_size)
     batch = loop.micro_batch * grad_accum * world_size
-    total_rows = math.ceil(loop.epochs * num_rows)
+    total_rows = math.ceil(round(loop.epochs * num_rows, 6))  # 2.2 * 50 is a little more than 110
     total_steps = math.ceil(total_rows / batch)
     if loop.max_steps is not None:
         total_steps = loop.max_steps
@@ -130,12 +132,7 @@ def plan_schedule(loop: LoopConfig, *, num_rows: int, world_size: int, seed: int
 def _check_counts(loop: LoopConfig, num_rows: int) -> None:
     if num_rows < 1:
         raise UserError("data: no training row is left; lower data.eval_share or give more text")
-    for name in ("micro_batch", "global_batch", "grad_accum", "max_steps"):
-        value = getattr(loop, name)
-        if value is not None and value < 1:
-            raise UserError(f'loop.{name} must be at least 1: "{value}"')
-    if loop.epochs <= 0:
-        raise UserError(f'loop.epochs must be above 0: "{loop.epochs}"')
+    check_numbers({"loop": dataclasses.asdict(loop)})
 
 
 def _grad_accum(loop: LoopConfig, world_size: int) -> int:

@@ -13,6 +13,7 @@ from falcon_dist import checkpoint
 from falcon_dist.config import TrainConfig
 from falcon_dist.contract import RankResult, UserError
 from falcon_dist.evaluate import HeldOut
+from falcon_dist.monitor import EVALUATIONS_FILE
 from falcon_dist.settings import read_config
 
 CARD: Final = "README.md"
@@ -27,7 +28,7 @@ class Origin:
     checkpoint: checkpoint.Checkpoint
     config: TrainConfig
     summary: dict[str, Any]
-    """Rank 0's closing figures; empty where the run did not end."""
+    """Rank 0's closing figures, those of this checkpoint's step as "tuned"; without what was not measured of it."""
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -74,11 +75,20 @@ def find_origin(path: Path) -> Origin:
     run = path.parent.parent
     results = sorted(run.glob("attempt_*/rank_0000"), key=lambda folder: int(folder.parent.name.rpartition("_")[2]))
     last = RankResult.read(results[-1]) if results else None
-    return Origin(
-        checkpoint=checkpoint.read(path),
-        config=read_config(run / "config.json"),
-        summary=dict(last.summary) if last else {},
-    )
+    found = checkpoint.read(path)
+    summary = dict(last.summary) if last else {}
+    if last is None or last.last_step != found.step or "quantized" in found.facts:
+        summary.pop("tuned", None)
+        if "quantized" not in found.facts and (measured := _along_the_way(run, found.step)):
+            summary["tuned"] = measured
+    return Origin(checkpoint=found, config=read_config(run / "config.json"), summary=summary)
+
+
+def _along_the_way(run: Path, step: int) -> dict[str, Any] | None:
+    """What was measured after ``step``, if anything was; a step that was done again counts as it was last."""
+    file = run / EVALUATIONS_FILE
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return next((told for told in reversed(lines) if told["step"] == step), None)
 
 
 def files_of(path: Path) -> dict[str, int]:
@@ -136,13 +146,21 @@ def _settings(origin: Origin) -> str:
         "packing": config.data.packing_kind,
         "loss on": {"all": "all tokens", "answers": "answers only"}[config.data.loss],
         "learning rate": f"{optim.lr:g}, {optim.schedule}",
-        "AdamW": f"betas {optim.beta1:g} and {optim.beta2:g}, eps {optim.eps:g}, weight decay {optim.weight_decay:g}",
+        **_update(config),
         "precision": config.precision,
         "ranks": facts["world_size"],
         "seed": config.seed,
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["## Training", "", "| setting | value |", "|---|---|", *lines])
+
+
+def _update(config: TrainConfig) -> dict[str, str]:
+    optim = config.optim
+    decay = f"weight decay {optim.weight_decay:g}"
+    if config.strategy == "full-lowmem":
+        return {"Adafactor": decay}
+    return {"AdamW": f"betas {optim.beta1:g} and {optim.beta2:g}, eps {optim.eps:g}, {decay}"}
 
 
 def _samples(summary: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from falcon_dist import checkpoint
 from falcon_dist.config import ModelConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.native import load_model, load_tokenizer
+from falcon_dist.layout import parse_size
 from falcon_dist.prepare import find_model
 from falcon_dist.weight_only import Kind, disk_settings, quantize_layers, weight_bytes
 
@@ -37,6 +38,7 @@ def quantize(argv: Sequence[str]) -> int:
         UserError: the checkpoint does not verify, there is no such model, or OUT exists.
     """
     args = parse_args(argv)
+    parse_size(args.max_shard_size, "falcon quantize: --max-shard-size")
     out, kind = args.out.absolute(), KINDS[args.bits]
     if out.exists():
         raise UserError(f'falcon quantize: "{args.out}" exists already; name a new folder')

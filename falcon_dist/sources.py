@@ -122,7 +122,8 @@ def _folder_source(path: Path, config: DataConfig, weight: float) -> Source:
     def read() -> Iterator[Item]:
         return _numbered(str(path), _from_disk(path, config.split))
 
-    return Source(str(path), _digest(sorted(p for p in path.rglob("*") if p.is_file())), read, weight)
+    told = f"{config.split} {_digest(sorted(p for p in path.rglob('*') if p.is_file()))}"
+    return Source(str(path), hashlib.sha256(told.encode()).hexdigest(), read, weight)
 
 
 def _from_disk(path: Path, split: str) -> Any:
@@ -140,9 +141,10 @@ def _from_disk(path: Path, split: str) -> Any:
 
 
 def _digest(paths: list[Path]) -> str:
-    """sha256 over the files' bytes, in order."""
+    """sha256 over the files' formats and bytes, in order."""
     whole = hashlib.sha256()
     for path in paths:
+        whole.update(kind_of(path).encode())
         with path.open("rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from falcon_dist.monitor import (
     Monitor,
     Verdict,
     check_evaluate,
+    evaluates,
     prompts_of,
 )
 from falcon_dist.order import plan_schedule
@@ -110,7 +112,9 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
         identity=identity_of(prepared.model, config.model) | adapters_identity(prepared.model, config),
     )
     run.strategy.check(schedule)
-    check_evaluate(config.evaluate, len(store.evaluation), prompts_of(config.evaluate) if world.is_main else ())
+    check_evaluate(config.evaluate, len(store.evaluation))
+    if world.is_main:
+        prompts_of(config.evaluate)  # a file of prompts that cannot be read is told now, not after training
     check_tracking(config.report)
     check_keeping(config.checkpoint, evaluates=bool(config.evaluate.every and len(store.evaluation)))
     memory = check_fits(
@@ -158,7 +162,7 @@ def _train_in_group(run: Run, team: Team, seen: affinity.Observed, *, resume: bo
         run.reporter.summary([f"made way after step {last_step}: go on with --resume {run.folder.name}"])
         return Trained(dataclasses.replace(result, status="stopped"), model)
     known = monitor.last is not None and monitor.last[0] == last_step
-    with run.strategy.whole():
+    with run.strategy.whole() if evaluates(run.config) and not known else nullcontext():
         after = monitor.last[1] if known and monitor.last else measure(run, model, tokenizer, "evaluate tuned")
     lines = closing_lines(before, after, saved)
     run.reporter.summary(lines)

@@ -17,7 +17,6 @@ from falcon_dist import train_state
 from falcon_dist.config import LoraConfig, StrategyName
 from falcon_dist.contract import UserError
 from falcon_dist.engine.named import NamedOptimizer
-from falcon_dist.order import Schedule
 from falcon_dist.strategy.replicated import Replicated
 from falcon_dist.train_state import Kept
 
@@ -33,13 +32,6 @@ class Lora(Replicated):
     """strategy="lora": every rank holds the frozen weights, shared with others of its host, and trains adapters."""
 
     name: StrategyName = "lora"
-
-    def check(self, schedule: Schedule) -> None:
-        lora = self.config.lora
-        if lora.rank < 1:
-            raise UserError(f'lora.rank must be at least 1: "{lora.rank}"')
-        if not 0 <= lora.dropout < 1:
-            raise UserError(f'lora.dropout must be at least 0 and below 1: "{lora.dropout}"')
 
     def ready(self, model: PreTrainedModel) -> None:
         """Adds adapters, B = 0, in the dtype of the weights; everything else is frozen."""

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from falcon_dist.agreement import check_agreement
 from falcon_dist.config import Precision, StrategyName, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.adafactor import state_shapes
 from falcon_dist.engine.attention import register
 from falcon_dist.engine.form import Choice, choose
 from falcon_dist.engine.head import CHUNK_BYTES
+from falcon_dist.masking import Masking
+from falcon_dist.monitor import evaluates
 from falcon_dist.strategy.lora import trained_parameters
 from falcon_dist.strategy.zero import STAGES, check_zero, rank_bytes
 
@@ -120,7 +123,7 @@ def _divided(config: TrainConfig, params: list[Tensor], world_size: int, activat
         largest=max(sizes),
         each=_WEIGHT_BYTES[config.precision],
         world_size=world_size,
-        evaluates=bool(config.data.eval_share or config.data.eval_name or config.evaluate.prompts),
+        evaluates=evaluates(config),
     )
     # What forward keeps is gone when the optimizer works.
     parts["working"] = max(working, parts["working"] - activations)
@@ -192,12 +195,12 @@ def _kept_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    shape = (config.loop.micro_batch, config.data.max_length)
-    ids = torch.zeros(shape, dtype=torch.int64, device="meta")
-    positions = torch.zeros((1, shape[1]), dtype=torch.int64, device="meta")
+    with torch.device("meta"):
+        ids = torch.zeros(config.loop.micro_batch, config.data.max_length, dtype=torch.int64)
+        beside = Masking.of(model).inputs(ids)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16-autocast")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        model.base_model(input_ids=ids, use_cache=False, **beside)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -206,6 +209,7 @@ def fitting(config: TrainConfig, plan: PreTrainedConfig, world_size: int, ranks:
     for name in NEAREST:
         try:
             asked = dataclasses.replace(config, strategy=name)
+            check_agreement(asked)
             if name in STAGES:
                 check_zero(asked)
             other = predict(asked, plan, world_size)

@@ -6,6 +6,7 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from tiny_models import TEXT, make_tokenizer
@@ -293,3 +294,42 @@ def test_waste_of_every_way_to_pack_is_told(tmp_path: Path) -> None:
     assert line.startswith("packing: wrapped ")
     assert "best-fit (chosen)" in line
     assert line.count("padding") == 3
+
+
+def test_a_saved_splits_rows_are_its_own(tmp_path: Path) -> None:
+    datasets.DatasetDict(
+        {
+            "train": datasets.Dataset.from_list([{"text": TEXT[0]}]),
+            "test": datasets.Dataset.from_list([{"text": TEXT[1]}]),
+        }
+    ).save_to_disk(tmp_path / "saved")
+    stores = [
+        prepare_rows(DataConfig(name=str(tmp_path / "saved"), split=split, max_length=16), make_tokenizer())
+        for split in ("train", "test")
+    ]
+    first, second = (make_tokenizer().decode(s.train.tokens[s.train.records >= 0]) for s in stores)
+    assert (TEXT[0] in first, TEXT[1] in second) == (True, True)
+
+
+def test_the_same_bytes_under_another_format_are_other_records(tmp_path: Path) -> None:
+    plain = write(tmp_path / "a.txt", [{"text": TEXT[0]}])
+    first = prepare_rows(DataConfig(name=str(plain), max_length=64), make_tokenizer())
+    second = prepare_rows(DataConfig(name=str(plain.rename(tmp_path / "a.jsonl")), max_length=64), make_tokenizer())
+    assert first.path != second.path
+    assert '"text"' not in make_tokenizer().decode(second.train.tokens[second.train.records >= 0])
+
+
+def test_a_share_is_not_taken_where_evaluation_has_its_own_data(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", [{"text": t} for t in TEXT])
+    own = write(tmp_path / "own.jsonl", [{"text": TEXT[0]}])
+    config = DataConfig(name=str(train), eval_name=str(own), eval_share=0.9, key_field="nobody has it", max_length=64)
+    facts = prepare_rows(config, make_tokenizer()).facts
+    assert (facts["train"]["samples"], facts["eval"]["samples"]) == (len(TEXT), 1)
+
+
+def test_held_out_records_without_any_loss_are_told_before_training(tmp_path: Path) -> None:
+    file = write(tmp_path / "talks.jsonl", [talk(0)])
+    own = write(tmp_path / "own.jsonl", [talk(1)])
+    config = DataConfig(name=str(own), eval_name=str(file), loss="answers", packing="off", max_length=4)
+    with pytest.raises(UserError, match=r"data: no token of the .* carries loss; raise data\.max_length"):
+        prepare_rows(config, make_tokenizer())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import SHAPES, llama, make_model, write_model
-from transformers import FalconConfig
+from transformers import FalconConfig, Qwen2Config
 
 from falcon_dist import host_memory
 from falcon_dist.config import DataConfig, LoopConfig, ModelConfig, Precision, StrategyName, TrainConfig
@@ -110,6 +110,27 @@ def test_estimate_tells_every_strategy_and_whether_the_one_asked_for_fits(tmp_pa
     lines = capsys.readouterr().out.splitlines()
     assert "2 ranks on each of 1 hosts of 64.0 GiB" in lines[0]
     assert lines[1].startswith("* lora")
+
+
+def test_strategies_that_a_model_or_a_precision_cannot_have_are_left_out(tmp_path: Path, capsys) -> None:
+    Qwen2Config(
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=2,
+        vocab_size=128,
+        intermediate_size=64,
+    ).save_pretrained(tmp_path / "model")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'precision = "bf16-autocast"\n[model]\nname = "{tmp_path / "model"}"\n')
+    assert estimate([str(recipe), "--memory", "64", "--format", "json"]) == 0
+    assert [row["strategy"] for row in json.loads(capsys.readouterr().out)["strategies"]] == ["ddp"]
+
+
+def test_advice_is_such_that_can_be_followed() -> None:
+    with pytest.raises(UserError) as error:
+        check_fits(TrainConfig(precision="bf16-autocast"), FalconConfig(), world_size=1, ranks=1, host=64 * GIB)
+    assert "full-lowmem" not in str(error.value)
 
 
 def test_the_least_limit_of_the_cgroups_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,17 +133,18 @@ def test_a_resumed_run_makes_the_evaluation_that_its_checkpoint_lacks(start, kno
 @pytest.mark.parametrize(
     ("config", "rows", "message"),
     [
-        (EvaluateConfig(every=-1), 1, "evaluate.every must be at least 0"),
-        (EvaluateConfig(patience=0, every=1), 1, 'evaluate.patience must be at least 1 or "none": "0"'),
-        (EvaluateConfig(patience=1), 1, "set evaluate.every"),
         (EvaluateConfig(patience=1, every=2, prompts=("a",)), 0, "evaluate.patience needs held-out rows"),
         (EvaluateConfig(every=2), 0, "evaluate.every has nothing to evaluate"),
     ],
 )
 def test_settings_that_cannot_be_followed(config: EvaluateConfig, rows: int, message: str) -> None:
     with pytest.raises(UserError) as error:
-        check_evaluate(config, rows, config.prompts)
+        check_evaluate(config, rows)
     assert message in str(error.value)
+
+
+def test_prompts_alone_are_something_to_evaluate_on_every_rank() -> None:
+    check_evaluate(EvaluateConfig(every=2, prompts=("a",)), 0)
 
 
 def test_the_best_is_not_kept_where_nothing_is_evaluated() -> None:

@@ -58,6 +58,11 @@ def test_max_steps_counts_what_is_never_seen() -> None:
     assert (plan.total_steps, plan.total_rows, plan.padding_rows, plan.unseen_rows) == (3, 12, 0, 25)
 
 
+def test_epochs_that_binary_fractions_miss_make_no_step_of_their_own() -> None:
+    loop = LoopConfig(epochs=2.2, global_batch=10)
+    assert plan_schedule(loop, num_rows=50, world_size=1, seed=0).total_steps == 11
+
+
 @pytest.mark.parametrize(
     ("loop", "message"),
     [

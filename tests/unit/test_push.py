@@ -29,14 +29,30 @@ def saved(tmp_path: Path) -> Path:
     )
     (run / "config.json").write_text(json.dumps({"train": asdict(config)}))
     summary = {"base": {"held_out": HELD}, "tuned": {"held_out": {**HELD, "loss": 1.0}, "answers": {"Hi?": "Hello."}}}
-    RankResult(status="ok", summary=summary).write(rank)
-    facts = {"total_steps": 8, "global_batch": 4, "world_size": 2}
+    RankResult(status="ok", last_step=8, summary=summary).write(rank)
     (run / "checkpoints").mkdir()
-    with checkpoint.committed(run / "checkpoints", 8, facts) as folder:
+    return save(run, 8)
+
+
+def save(run: Path, step: int) -> Path:
+    facts = {"total_steps": 8, "global_batch": 4, "world_size": 2}
+    with checkpoint.committed(run / "checkpoints", step, facts) as folder:
         (folder / "model.safetensors").write_bytes(b"weights")
         (folder / "train_state").mkdir()
         (folder / "train_state" / "optimizer.safetensors").write_bytes(b"state")
-    return run / "checkpoints" / "step-000008"
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def test_a_card_has_the_figures_of_its_own_step_or_none(saved: Path, capsys) -> None:
+    run = saved.parent.parent
+    (run / "evaluations.jsonl").write_text(json.dumps({"step": 4, "held_out": {**HELD, "loss": 1.5}}) + "\n")
+    assert push([str(save(run, 4)), "me/falcon-talks", "--dry-run"]) == 0
+    measured = capsys.readouterr().out
+    assert push([str(save(run, 6)), "me/falcon-talks", "--dry-run"]) == 0
+    unknown = capsys.readouterr().out
+    assert "| tuned | loss 1.5000" in measured
+    assert "| tuned" not in unknown
+    assert "Hello." not in measured + unknown
 
 
 def test_dry_run_prints_card_and_files_and_sends_nothing(saved: Path, monkeypatch, capsys) -> None:
