@@ -99,7 +99,8 @@ def build(cls: type[T], values: Mapping[str, Value], prefix: str = "") -> T:
 
 
 def _fit(kind: Any, value: Value, key: str) -> Any:
-    for choice in _choices(kind):
+    # "none" is no text where there may be none.
+    for choice in sorted(_choices(kind), key=lambda choice: choice is not type(None)):
         fitted = _fit_one(choice, value.value)
         if fitted is not _MISFIT:
             return fitted

@@ -137,3 +137,9 @@ def test_a_programs_arguments_are_its_own(argv, program, flag):
 def test_a_command_line_that_makes_no_sense(argv):
     with pytest.raises(UserError, match=r"^arguments: "):
         command_line.parse(argv)
+
+
+def test_none_takes_back_what_a_recipe_gives():
+    loaded = config.load(Flags(recipe="demo", sets=("data.key_field=none", "loop.global_batch=none")))
+    assert (loaded.train.data.key_field, loaded.train.loop.global_batch) == (None, None)
+    assert config.load(Flags(recipe="demo")).train.data.key_field is not None
