@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,8 +27,10 @@ MADE_OF: Final = ("rows", "tokenizer", "model_config")
 """Digests that must be the same."""
 ADAPTERS: Final = ("base_weights", "lora_rank", "lora_alpha", "lora_targets")
 """Of strategy lora: what adapters stand beside, and how; their checkpoints do not hold it."""
-TOLD_ONLY: Final = ("code",)
-"""A run may go on with a newer version of this project; that is said."""
+TOLD_ONLY: Final = ("code", "software")
+"""A run may go on with newer versions of this project and what it stands on; that is said."""
+SOFTWARE: Final = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed")
+"""Whose versions decide what a step computes."""
 NAMES: Final = {
     "rows": "data (packed rows)",
     "model_config": "model config",
@@ -47,7 +51,7 @@ Difference = tuple[str, str, str]
 
 
 def identity_of(model: str, config: ModelConfig) -> dict[str, str]:
-    """Hex sha256 of the tokenizer, the model's configuration and this package's code.
+    """Hex sha256 of the tokenizer, the model's configuration and this package's code, and the versions below it.
 
     Args:
         model: folder or hub name; of adapters, the configuration is that of the model they were trained on.
@@ -57,7 +61,14 @@ def identity_of(model: str, config: ModelConfig) -> dict[str, str]:
         "tokenizer": _digest(model, config, TOKENIZER_FILES),
         "model_config": _digest(base_of(model), config, ("config.json",)),
         "code": code_digest(Path(next(iter(falcon_dist.__path__)))),
+        "software": software(),
     }
+
+
+def software() -> str:
+    """ "torch 2.13.0, transformers 5.23.0, ..." of what is installed."""
+    found = {name: metadata.version(name) for name in SOFTWARE if importlib.util.find_spec(name)}
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def adapters_identity(model: str, config: TrainConfig) -> dict[str, str]:

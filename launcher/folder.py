@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from launcher import roster
 from launcher.config import LaunchConfig
-from launcher.errors import UserError
+from launcher.errors import LaunchError, UserError
 from launcher.hostfile import Hostfile
 from launcher.plan import LaunchPlan, Site
 
@@ -91,13 +93,32 @@ def create(config: LaunchConfig, plan: LaunchPlan) -> None:
 
 
 def keep_report(plan: LaunchPlan, report: RunReport) -> None:
-    """Writes how the attempt ended."""
-    _write(plan, "report.json", report.to_json())
+    """Writes how the attempt ended.
+
+    Raises:
+        LaunchError: it cannot be written any more.
+    """
+    with _told(plan.site.run_dir):
+        _write(plan, "report.json", report.to_json())
 
 
 def keep_last_report(report: RunReport) -> None:
-    """Writes how the run ended after all its attempts."""
-    _put(Path(report.run_dir) / "report.json", _text(report.to_json()))
+    """Writes how the run ended after all its attempts.
+
+    Raises:
+        LaunchError: it cannot be written any more.
+    """
+    with _told(report.run_dir):
+        _put(Path(report.run_dir) / "report.json", _text(report.to_json()))
+
+
+@contextlib.contextmanager
+def _told(run_dir: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as fault:
+        text = f'the report cannot be written to "{run_dir}": {fault.strerror}; is the run folder gone?'
+        raise LaunchError(text) from fault
 
 
 def read_report(run: str, runs_dir: str) -> RunReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final
 
@@ -40,10 +41,16 @@ def waits(pid: int) -> int:
 
 
 def crash(stderr: Path) -> list[str]:
-    """What faulthandler wrote when the process crashed: the fault and the stack it came in; empty: no such words."""
-    with stderr.open("rb") as file:
-        file.seek(max(0, stderr.stat().st_size - MOST_BYTES))
-        lines = file.read().decode(errors="replace").splitlines()
+    """What faulthandler wrote when the process crashed: the fault and the stack it came in; empty: no such words.
+
+    Nor are there any where the run folder is gone.
+    """
+    try:
+        with stderr.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - MOST_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
     starts = [number for number, line in enumerate(lines) if line.startswith(CRASHED)]
     return lines[starts[-1] :][:CRASH_LINES] if starts else []
 

@@ -183,3 +183,13 @@ def test_a_crash_is_shown_with_the_stack_it_came_in(tmp_path):
     assert (done.returncode, "failed first: SIGSEGV" in done.stderr) == (139, True)
     assert "  Fatal Python error: Segmentation fault" in done.stderr
     assert "line 3 in touch" in done.stderr
+
+
+def test_a_run_folder_that_is_gone_is_told_in_a_line(tmp_path):
+    running = Sleeping(tmp_path)
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    os.kill(running.pids[1], signal.SIGKILL)
+    code, _, err = running.end()
+    assert code == 1
+    assert err.startswith('falcon-launch: the report cannot be written to "')
+    assert err.endswith("No such file or directory; is the run folder gone?\n")

@@ -34,7 +34,7 @@ def test_what_a_digest_stands_for(tmp_path: Path, name: str, key: str, changed: 
     file.write_text(json.dumps({**json.loads(file.read_text()), key: "7"}))
     after = known(folder)
     assert {what for what in before if before[what] != after[what]} == changed
-    assert len({*before.values()}) == 3
+    assert len({*before.values()}) == 4
 
 
 def test_adapters_have_the_configuration_of_their_model(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_differences_are_a_table() -> None:
         "data (packed rows)  aaaaaaaaaaaa  bbbbbbbbbbbb",
         "seed                0             1",
     ]
-    assert identity.unknown(then, now) == ["model config", "falcon-dist code"]
+    assert identity.unknown(then, now) == ["model config", "falcon-dist code", "software"]
 
 
 def beside(folder: Path, **lora: object) -> dict[str, str]:
