@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Final
 
 from falcon_dist.contract import STACKS_FILE
+from launcher.standing import LOCKED
 
 MOST_BYTES: Final = 1 << 16
 CRASHED: Final = "Fatal Python error: "
 """faulthandler's first words."""
 CRASH_LINES: Final = 15
-LOCKED: Final = "L"
-"""Waits for the interpreter's lock; not one of the kernel's letters."""
 LOCKED_HZ: Final = 50
 """A thread of CPython that wants the interpreter's lock asks for it 200 times a second (sys.getswitchinterval); one
 that waits for its peers sleeps until they have come."""

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from launcher.events import Traced
-from launcher.stacks import LOCKED
 
 WAITING: Final = re.compile(r"_engine_run_backward|distributed_c10d|all_reduce|all_gather|broadcast|barrier|\bwait\b")
 """Frames in which a rank waits for its peers: DDP's all-reduce runs inside the backward pass."""
 NEAR: Final = 4
 """Frames nearest to where a thread stands that are looked at."""
+LOCKED: Final = "L"
+"""Waits for the interpreter's lock; not one of the kernel's letters."""
 STATES: Final = {
     "T": "is stopped (by a signal or a debugger)",
     "t": "is held by a debugger",

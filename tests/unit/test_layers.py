@@ -61,6 +61,7 @@ LAYERS = {
             "running",
             "mirror",
             "console",
+            "outlet",
             "run",
             "series",
             "branch",
