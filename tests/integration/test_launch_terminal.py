@@ -23,9 +23,9 @@ while time.monotonic() < until:
 FLOOD = "import sys, time\nfor n in range(5000):\n    print('x' * 99)\nsys.stdout.flush()\ntime.sleep(12)\n"
 
 
-def start(folder: Path, *words: str, code: str = TALK, **options) -> subprocess.Popen:
+def start(folder: Path, *words: str, code: str = TALK, seconds: int = 2, **options) -> subprocess.Popen:
     (folder / "talk.py").write_text(code)
-    return subprocess.Popen([*words, "--nproc-per-node", "1", "talk.py", "2"], cwd=folder, **options)
+    return subprocess.Popen([*words, "--nproc-per-node", "1", "talk.py", str(seconds)], cwd=folder, **options)
 
 
 def wait_for(folder: Path, name: str) -> Path:
@@ -54,7 +54,7 @@ def test_a_pipe_whose_reader_died_does_not_end_the_run(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_counts_although_the_terminal_is_gone(tmp_path, number):
     ours, its = pty.openpty()
-    process = start(tmp_path, LAUNCH, stdout=its, stderr=its)
+    process = start(tmp_path, LAUNCH, seconds=60, stdout=its, stderr=its)
     os.close(its)
     wait_for(tmp_path, "attempt_1/rank_0000/stdout")
     os.close(ours)
