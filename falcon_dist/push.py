@@ -73,8 +73,9 @@ def find_origin(path: Path) -> Origin:
     if fault:
         raise UserError(f'falcon push: "{path}" cannot be trusted: {fault}')
     run = path.parent.parent
-    results = sorted(run.glob("attempt_*/rank_0000"), key=lambda folder: int(folder.parent.name.rpartition("_")[2]))
-    last = RankResult.read(results[-1]) if results else None
+    numbers = [path.name.removeprefix("attempt_") for path in run.glob("attempt_*") if (path / "rank_0000").is_dir()]
+    newest = max((int(number) for number in numbers if number.isdecimal()), default=None)  # not a copy of one
+    last = RankResult.read(run / f"attempt_{newest}" / "rank_0000") if newest is not None else None
     found = checkpoint.read(path)
     summary = dict(last.summary) if last else {}
     if last is None or last.last_step != found.step or "quantized" in found.facts:

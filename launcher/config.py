@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import falcon_dist
+from falcon_dist.agreement import check_agreement
 from falcon_dist.config import TrainConfig, Value, build, check_known, flatten, keys_of, parse_value
 from falcon_dist.contract import EMERGENCY_GRACE_S
 from launcher import earlier, jobsettings
@@ -140,7 +141,7 @@ def load(flags: Flags) -> LaunchConfig:
     """The configuration these flags ask for; reads the recipe, the env file and the run to be resumed.
 
     Raises:
-        UserError: a file is missing or no TOML, a key is not known, a value does not fit.
+        UserError: a file is missing or no TOML, a key is not known, a value does not fit, values contradict each other.
     """
     given = _from_flags(flags)
     recipe = _recipe(flags.recipe or DEFAULT_RECIPE) if flags.recipe or not flags.program else {}
@@ -157,9 +158,12 @@ def load(flags: Flags) -> LaunchConfig:
     launch = _launch_settings(values, flags)
     if folder:
         launch = dataclasses.replace(launch, runs_dir=str(folder.parent), run_id=folder.name)
+    train = build(TrainConfig, values)
+    if program is None:  # before any host is asked, and before a job is submitted
+        check_agreement(train)
     return LaunchConfig(
         launch=launch,
-        train=build(TrainConfig, values),
+        train=train,
         slurm=jobsettings.of(values),
         program=program,
         resume_from=str(folder) if folder else None,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from falcon_dist import contract
-from falcon_dist.agreement import check_agreement
 from launcher import backends, engines, environment
 from launcher.binding import Binding
 from launcher.cluster import Cluster, Node
@@ -52,11 +51,8 @@ def build(
     """The plan of one attempt; ``config_text``: what ``config.json`` holds.
 
     Raises:
-        UserError: settings contradict each other, or ``--engine``, ``--env`` or ``--memory-allocator`` ask for what
-            cannot be given.
+        UserError: ``--engine``, ``--env`` or ``--memory-allocator`` ask for what cannot be given.
     """
-    if config.program is None:
-        check_agreement(config.train)
     served_by: Literal["rank", "agent"] = "rank" if config.program is None else "agent"
     rendezvous = Rendezvous(addr=cluster.addr, port=opened.port, courier_port=opened.courier_port, served_by=served_by)
     engines.check(config, cluster)

@@ -127,8 +127,9 @@ def test_what_only_tells_is_quick_and_writes_nothing(tmp_path, words):
     assert statistics.median(worked if busy else elapsed) < 0.2
 
 
-def test_settings_that_contradict_each_other_are_told_before_the_plan(tmp_path):
-    words = ["--dry-run", "--set", "strategy=zero2", "--set", "precision=bf16-autocast"]
+@pytest.mark.parametrize("way", ["--dry-run", "--slurm"])
+def test_settings_that_contradict_each_other_are_told_before_the_plan(tmp_path, way):
+    words = [way, "--set", "strategy=zero2", "--set", "precision=bf16-autocast"]
     done = launch(tmp_path, *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == ('falcon-launch: precision: strategy "zero2" trains bf16 or fp32 weights: "bf16-autocast"\n')

@@ -24,6 +24,7 @@ def saved(tmp_path: Path) -> Path:
     rank = run / "attempt_2" / "rank_0000"
     rank.mkdir(parents=True)
     (run / "attempt_1" / "rank_0000").mkdir(parents=True)
+    (run / "attempt_2.bak" / "rank_0000").mkdir(parents=True)
     config = TrainConfig(
         model=ModelConfig(name="tiiuae/falcon-7b"), data=DataConfig(name="/home/me/talks.jsonl", loss="answers")
     )
