@@ -29,13 +29,16 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from launcher import bind, doors, examine, hello, roster, survey
+from launcher import bind, hello, roster
 from launcher.crew import Crew, reserve
 from launcher.errors import LaunchError, UserError
 from launcher.plan import RANK_EVENT_FD, RANK_STORE_FD, NodePlan
 from launcher.wire import BEAT_S, SILENCE_S, Lines, Outbox
+
+if TYPE_CHECKING:  # what a --dry-run never asks for is imported when it is asked for
+    from launcher.doors import Doors
 
 POLL_S: Final = 0.1
 """How often files of running children are looked at for new lines."""
@@ -51,7 +54,7 @@ class Agent:
         self._commands = Lines(sys.stdin.fileno())
         self._outbox = Outbox(sys.stdout.fileno())
         self._crew = Crew(self)
-        self._doors: doors.Doors | None = None
+        self._doors: Doors | None = None
         self._leaving = False
         self._lease_s = PATIENCE_S
         self._heard_at = self._said_at = time.monotonic()
@@ -134,13 +137,13 @@ class Agent:
             "start": self._crew.start_ranks,
             "signal": self._crew.signal_all,
             "ask": self._crew.ask,
-            "knock": lambda **asked: self.emit("knocked", reached=doors.knock(**asked)),
-            "survey": lambda **asked: self.emit("surveyed", **survey.take(**asked)),
+            "knock": self._knock,
+            "survey": self._survey,
             "end_run": lambda file: self.emit("ended_run", text=roster.end(file)),
             "clock": lambda: self.emit("clock", now=time.time()),
             "examine": self._examine,
             "open_ring": lambda addr: self.emit("ring_opened", port=self._open("ring", addr)),
-            "ring": lambda **to: self.emit("ringed", **examine.ring(self._crew.sockets.pop("ring"), **to)),
+            "ring": self._ring,
         }
         if command not in answers:
             raise LaunchError(f'unknown command: "{command}"')
@@ -154,19 +157,40 @@ class Agent:
         self._crew.prepare(taken)
         roster.sign(taken)
 
+    def _survey(self, **asked: Any) -> None:
+        from launcher import survey
+
+        self.emit("surveyed", **survey.take(**asked))
+
+    def _ring(self, **to: Any) -> None:
+        from launcher import examine
+
+        self.emit("ringed", **examine.ring(self._crew.sockets.pop("ring"), **to))
+
     def _examine(self, **asked: Any) -> None:
+        from launcher import examine
+
         store = self._crew.sockets.pop("store", None)
         self.emit("examined", **examine.host(**asked, listening=store))
         if store is not None:
             store.close()
 
+    def _knock(self, **asked: Any) -> None:
+        from launcher import doors
+
+        self.emit("knocked", reached=doors.knock(**asked))
+
     def _open_doors(self) -> None:
+        from launcher import doors
+
         self._doors = doors.Doors()
         for fd, answer in self._doors.answers():
             self.listen(fd, answer)
         self.emit("doors", **self._doors.facts())
 
     def _open_store(self, addr: str, *, courier: bool) -> None:
+        from launcher import doors
+
         if self._doors is not None:
             for fd, _ in self._doors.answers():
                 self.forget(fd)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Final
 
 from falcon_dist import contract
@@ -132,4 +131,5 @@ def _asked(item: str, environ: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    # fnmatch would compile half a hundred patterns, which takes longer than all the rest of a plan.
+    return any(name.startswith(p[:-1]) if p.endswith("*") else name == p for p in patterns)

@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +35,11 @@ fds = sorted(int(fd) for fd in os.listdir("/proc/self/fd"))
 print(json.dumps({"cpus": sorted(os.sched_getaffinity(0)), "env": dict(os.environ), "argv": sys.argv[1:],
                   "stdin": os.readlink("/proc/self/fd/0"), "fds": [fd for fd in fds if fd > 2]}))
 """
+
+
+NOT_FOR_A_PLAN = {"torch", "numpy", "transformers", "asyncio", "http", "email", "logging", "importlib.metadata"} | {
+    f"launcher.{name}" for name in ("console", "report", "series", "run", "record", "supervise", "batch", "doctor")
+}
 
 
 def launch(folder, *args, env=None, timeout=120):
@@ -112,19 +115,24 @@ def test_the_environment_is_listed_and_secrets_stay_out_of_files(tmp_path, tell)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--dry-run", "--", "script.py"], ["--dry-run"]])
-def test_what_only_tells_is_quick_and_writes_nothing(tmp_path, words):
-    elapsed, worked = [], []
-    for _ in range(5):
-        begun, before = time.monotonic(), os.times()
-        # Its modules may be kept compiled, as those of an installation are, whatever the caller of the tests prefers.
-        assert launch(tmp_path, *words, env={"PYTHONDONTWRITEBYTECODE": ""}).returncode == 0
-        after = os.times()
-        elapsed.append(time.monotonic() - begun)
-        worked.append(sum(after[2:4]) - sum(before[2:4]))
+def test_what_only_tells_writes_nothing_and_loads_only_what_a_plan_needs(tmp_path, words):
+    # How long it takes is for benchmarks/plan_time.py: what it loads is most of it, and can be told without a clock.
+    done = launch(tmp_path, *words, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.returncode == 0
     assert list(tmp_path.iterdir()) == []
-    # The clock is what a person waits for. On a busy machine it counts other people's work too; CPU time does not.
-    busy = os.getloadavg()[0] >= 1
-    assert statistics.median(worked if busy else elapsed) < 0.2
+    lines = done.stderr.splitlines()  # of the launcher and of the agent it asks
+    loaded = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert {"launcher.cli", "launcher.planner"} < loaded
+    assert ("launcher.crew" in loaded) == (words != ["--help"])
+    assert not NOT_FOR_A_PLAN & loaded
+    assert len([name for name in loaded if name.startswith(("launcher", "falcon_dist"))]) < 60
+
+
+def test_an_agent_says_hello_with_little_loaded():
+    code = "import sys, launcher.agent; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rest = {"launcher.doors", "launcher.examine", "launcher.survey", "launcher.config"}
+    assert not (NOT_FOR_A_PLAN | rest) & set(done.stdout.split())
 
 
 @pytest.mark.parametrize("way", ["--dry-run", "--slurm"])
