@@ -72,9 +72,9 @@ def left(hosts: Hosts) -> list[str]:
     return [command_line(pid) for host in hosts.hosts[:NODES] for sign in SIGNS for pid in host.find(sign)]
 
 
-def kill_any(hosts: Hosts, chance: random.Random) -> tuple[str, str, str]:
+def kill_any(hosts: Hosts, chance: random.Random, run: subprocess.Popen[str]) -> tuple[str, str, str]:
     """Kills any part of the run, each kind as often as the others; what it was, and how it has to be named."""
-    while True:
+    while run.poll() is None:
         by_kind: dict[str, list[tuple[str, int]]] = {}
         for kind, name, pid in parts(hosts):
             by_kind.setdefault(kind, []).append((name, pid))
@@ -88,6 +88,7 @@ def kill_any(hosts: Hosts, chance: random.Random) -> tuple[str, str, str]:
         except ProcessLookupError:  # a process of the start that was replaced meanwhile
             continue
         return kind, name, told
+    raise AssertionError(f"ended by itself with {run.returncode} before anything was killed: {run.communicate()[1]}")
 
 
 def kill_one(hosts: Hosts, chance: random.Random, program: list[str], within_s: float) -> tuple[str, float]:
@@ -96,7 +97,7 @@ def kill_one(hosts: Hosts, chance: random.Random, program: list[str], within_s: 
     words = [str(BIN / "falcon-launch"), *named, *program]
     process = hosts[0].enter(*words, cwd=hosts.disk / "work")
     time.sleep(chance.uniform(0.0, within_s))
-    kind, name, told = kill_any(hosts, chance)
+    kind, name, told = kill_any(hosts, chance, process)
     begun = time.monotonic()
     try:
         _, err = process.communicate(timeout=20)
@@ -125,6 +126,8 @@ def kill_many(hosts: Hosts, count: int, program: Callable[[random.Random], list[
             raise AssertionError(f"kill {number} of KILL_SEED={seed}: {fault}") from fault
         counts[kind] = counts.get(kind, 0) + 1
         longest[kind] = max(longest.get(kind, 0.0), seconds)
+        if os.environ.get("KILL_LEDGER"):
+            Path(os.environ["KILL_LEDGER"]).write_text(f"{number + 1} of {count}, seed {seed}: {counts}\n")
     return f"killed {counts}; all ended within { ({k: round(v, 1) for k, v in longest.items()}) } s, no port held"
 
 
@@ -152,7 +155,7 @@ def test_random_kills(hosts: Hosts, work: Path, count: int, capsys: pytest.Captu
 @pytest.mark.timeout(7200)
 def test_random_kills_while_training(hosts: Hosts, work: Path, capsys: pytest.CaptureFixture[str]):
     recipe = write_inputs(work)
-    recipe.write_text(recipe.read_text().replace(str(work), str(hosts.disk / "work")).replace("= 8\n", "= 400\n", 1))
+    recipe.write_text(recipe.read_text().replace(str(work), str(hosts.disk / "work")).replace("= 8\n", "= 4000\n", 1))
     flags = ["--recipe", "recipe.toml", "--backend", "gloo", "--use-logical-cores", "--set", "evaluate.base=false"]
     told = kill_many(hosts, int(os.environ.get("KILLS", "50")), lambda _: flags, TRAINING_S)
     with capsys.disabled():
