@@ -151,8 +151,8 @@ class Agent:
 
     def _prepare(self, plan: dict[str, Any]) -> None:
         taken = NodePlan.from_json(plan)
+        roster.sign(taken)  # first: by it the launcher sees whether the run folder is shared
         self._crew.prepare(taken)
-        roster.sign(taken)
 
     def _examine(self, **asked: Any) -> None:
         store = self._crew.sockets.pop("store", None)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Final
 
 from falcon_dist.contract import STACKS_FILE
-from launcher import bind, mirror, render, supervise
+from launcher import bind, render, supervise
 from launcher.console import Console
 from launcher.discover import Agents
 from launcher.errors import LaunchError
@@ -38,6 +38,7 @@ from launcher.events import (
     TimeUp,
 )
 from launcher.interrupts import meaning, stopping_signals
+from launcher.mirror import Mirror
 from launcher.patience import Patience
 from launcher.plan import LaunchPlan
 from launcher.record import Record
@@ -63,6 +64,7 @@ class Run:
         self._living = dict(self._channels)
         self._console = console
         self._record = record
+        self._mirror = Mirror(record)
         self._deadline: float | None = None
         self._beat_at = 0.0
         self._flushing: set[int] = set()
@@ -208,7 +210,7 @@ class Run:
             case {"event": "prepared", "code": code, "signal": number}:
                 self._on_prepared(node_rank, Ended(code=code, signal=number), tuple(event.get("tail", ())))
             case {"event": "apart"}:
-                self._record.apart.add(node_rank)
+                self._mirror.told_apart(self._plan.nodes[node_rank])
             case {"event": "stacks", "ranks": list(ranks)}:
                 self._on_stacks(node_rank, ranks)
             case _:
@@ -230,16 +232,15 @@ class Run:
         self._console.say(f"note: {text}")
 
     def _on_output(self, node_rank: int, task: str, rank: int | None, stream: str, lines: list[str]) -> None:
-        if node_rank in self._record.apart and task == "rank" and rank is not None:
-            mirror.append(self._record.plan_of(rank).rank_dir, stream, lines)
+        if task == "rank" and rank is not None:
+            self._mirror.append(node_rank, rank, stream, lines)
         if rank is None and node_rank and stream == "stderr":
             return  # told once more if it fails
         for line in lines:
             self._console.say(render.output_line(rank, line))
 
     def _on_exit(self, node_rank: int, rank: int, event: dict[str, Any]) -> None:
-        if node_rank in self._record.apart:
-            mirror.keep(self._record.plan_of(rank).rank_dir, event["files"])
+        self._mirror.keep(node_rank, rank, event["files"])
         self._watch.ended(rank)
         ended = self._record.exited(rank, event)
         self._happened(Exited(rank=rank, ended=ended, echo=self._record.is_echo(rank)))
@@ -256,8 +257,7 @@ class Run:
             rank = int(told["rank"])
             step = self._record.last_step_of(rank)
             self._stands[rank] = Stand(rank=rank, host=host, last_step=step, state=told["state"], stacks=told["stacks"])
-            if node_rank in self._record.apart and told["stacks"]:
-                mirror.keep(self._record.plan_of(rank).rank_dir, {STACKS_FILE: told["stacks"]})
+            self._mirror.keep(node_rank, rank, {STACKS_FILE: told["stacks"]} if told["stacks"] else {})
         if self._state.alive <= set(self._stands):
             self._happened(accuse(self._stands))
 

@@ -5,14 +5,18 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launcher import courier, rundir
+from launcher import agent, courier, roster, rundir, survey
 from launcher.checks import clock_notes, judge
 from launcher.cluster import HostFacts
 from launcher.config import Program
+from launcher.crew import Crew
 from launcher.errors import LaunchError, UserError
+from launcher.mirror import Mirror
 from launcher.plan import NodePlan
 from launcher.roster import Process
 from launcher.transport import Channel, Spawned
@@ -139,6 +143,81 @@ def test_files_sent_along_are_written_once(tmp_path):
     assert config.read_text() == "{}\n"
     assert config.stat().st_mode & 0o777 == 0o600
     assert rundir.settle(plan)
+
+
+def node_plan(folder, node_rank=1):
+    attempt = folder / "runs/r/attempt_1"
+    roster = str(attempt / f"agent_{node_rank:04d}.json")
+    files = {str(attempt / "config.json"): "{}\n"}
+    return NodePlan(
+        host="h", node_rank=node_rank, cwd="/", roster=roster, files=files, prepare=(), store=None, ranks=()
+    )
+
+
+def test_a_folder_that_is_only_remembered_as_missing_is_shared(tmp_path, monkeypatch):
+    """As over NFS: until somebody makes the folder, what another host wrote into it is not seen."""
+    plan = node_plan(tmp_path)
+    assert not rundir.settle(plan)
+    asked_again, make = [], Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda path, **how: (asked_again.append(path), make(path, **how)))
+    has = rundir._has
+    monkeypatch.setattr(rundir, "_has", lambda path, text: bool(asked_again) and has(path, text))
+    assert rundir.settle(plan)
+
+
+def test_the_survey_does_not_ask_for_a_run_folder_that_will_be(tmp_path, monkeypatch):
+    asked, stat = [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **how: (asked.append(path), stat(path, **how))[1])
+    told = survey.take("/", None, str(tmp_path / "r"))
+    assert (told["place"], told["writable"], told["checkpoints"]) == (str(tmp_path), True, 0)
+    assert not [path for path in asked if path.is_relative_to(tmp_path / "r")]
+    (tmp_path / "r/checkpoints/step-000001").mkdir(parents=True)
+    told = survey.take("/", None, str(tmp_path / "r"))
+    assert (told["place"], told["checkpoints"]) == (str(tmp_path / "r"), 1)
+    assert survey.take("/", None, str(tmp_path / "not/yet/r"))["place"] == str(tmp_path)
+
+
+class Told:
+    """What a mirror needs of a record."""
+
+    def __init__(self, folder):
+        self.apart = set()
+        self.plan_of = lambda rank: SimpleNamespace(rank_dir=str(folder / f"rank_{rank:04d}"))
+
+
+def test_what_is_written_into_a_shared_folder_is_not_written_once_more(tmp_path):
+    record, plan = Told(tmp_path), node_plan(tmp_path)
+    own = Mirror(record)
+    roster.sign(plan)  # what an agent does first, here into the launcher's own folder
+    own.told_apart(plan)
+    own.append(1, 1, "stdout", ["a line"])
+    assert (record.apart, (tmp_path / "rank_0001").exists()) == (set(), False)
+    own.told_apart(node_plan(tmp_path, 2))
+    own.append(2, 2, "stdout", ["a line"])
+    own.keep(2, 2, {"result.json": "{}"})
+    assert (record.apart, (tmp_path / "rank_0002/stdout").read_text()) == ({2}, "a line\n")
+    assert (tmp_path / "rank_0002/result.json").read_text() == "{}"
+
+
+class Teller:
+    """The agent, as far as a crew needs one."""
+
+    unsent = 0
+
+    def __init__(self):
+        self.told = []
+
+    def emit(self, event, **values):
+        self.told.append(event)
+
+
+def test_an_agent_has_signed_before_it_says_that_its_folder_is_its_own(tmp_path, monkeypatch):
+    teller, plan = Teller(), node_plan(tmp_path)
+    told = SimpleNamespace(_crew=Crew(teller))
+    signed = []
+    monkeypatch.setattr(roster, "sign", lambda taken: signed.append(list(teller.told)))
+    agent.Agent._prepare(told, plan.to_json())
+    assert (signed, teller.told) == ([[]], ["apart", "prepared"])
 
 
 def test_a_process_is_known_by_more_than_its_number():
