@@ -108,7 +108,17 @@ class Record:
         heard = self._heard[rank]
         return heard.ended.signal is None and any(sign in line for line in heard.stderr_tail for sign in PEER_IS_GONE)
 
-    def report(self, cause: Cause | None, now_s: float, *, interrupted: bool = False) -> RunReport:
+    def main_told(self, told: Mapping[str, Any], now_s: float) -> None:
+        """Rank 0 has told something of the whole run."""
+        match told:
+            case {"event": "phase", "name": str(name)}:
+                self.enter(name, now_s)
+            case {"event": "summary", "lines": list(lines)}:
+                self.summary = tuple(map(str, lines))
+
+    def report(
+        self, cause: Cause | None, now_s: float, *, interrupted: bool = False, asked_to_yield: bool = False
+    ) -> RunReport:
         """The report as of now."""
         site = self._plan.site
         return RunReport(
@@ -119,6 +129,7 @@ class Record:
             exit_code=cause.exit_code if cause else 0,
             cause=cause,
             interrupted=interrupted,
+            asked_to_yield=asked_to_yield,
             ranks=tuple(self._outcome(node.host, rank) for node in self._plan.nodes for rank in node.ranks),
             timings_s=self._timings(now_s),
             notes=tuple(self._notes),

@@ -93,7 +93,9 @@ class Run:
         self._selector.close()
         self._console.end_progress()
         self._record.step_s = self._watch.median_s
-        return self._record.report(self._state.cause, time.monotonic(), interrupted=self._state.interrupted)
+        state, now = self._state, time.monotonic()
+        asked = {"interrupted": state.interrupted, "asked_to_yield": state.asked_to_yield}
+        return self._record.report(state.cause, now, **asked)
 
     def _turn(self) -> None:
         self._beat()
@@ -281,18 +283,8 @@ class Run:
                 if data.get("emergency"):
                     self._happened(Saved(rank=rank))
         if rank == 0:
-            self._on_main_event(data)
-
-    def _on_main_event(self, data: dict[str, Any]) -> None:
-        match data:
-            case {"event": "phase", "name": str(name)}:
-                self._record.enter(name, time.monotonic())
-            case {"event": "line", "text": text}:
-                self._console.say(str(text))
-            case {"event": "step", "step": int()}:
-                self._console.step(data)
-            case {"event": "summary", "lines": list(lines)}:
-                self._record.summary = tuple(map(str, lines))
+            self._record.main_told(data, time.monotonic())
+            self._console.main_told(data)
 
     def _check(self, rank: int, difference: str | None) -> None:
         if difference is not None:

@@ -164,4 +164,5 @@ def past_of(report: RunReport, hosts: Hostfile, checkpoint_step: int) -> Past:
         checkpoint_step=checkpoint_step,
         out_of_memory=rank is not None and rank.oom_kills > 0,
         interrupted=report.interrupted,
+        asked_to_yield=report.asked_to_yield,
     )

@@ -84,6 +84,8 @@ class RunState:
     cause: Cause | None = None
     interrupted: bool = False
     """A signal asked the launcher to end, be it after the first cause."""
+    asked_to_yield: bool = False
+    """A signal asked it to make way, be it after the first cause or before what became of it."""
 
 
 def begin(nodes_of: tuple[int, ...], patience: Patience | None = None) -> RunState:
@@ -223,6 +225,7 @@ def _stalled(state: RunState, text: str) -> Decision:
 
 def _make_way(state: RunState) -> Decision:
     """Ranks that can be asked end after their step; others get the signal that programs expect, and as much time."""
+    state = dataclasses.replace(state, asked_to_yield=True)
     if state.phase not in ("preparing", "running"):
         return state, ()
     cause = Cause(kind="yield", exit_code=EXIT_STOPPED, text="asked to make way")

@@ -1,30 +1,40 @@
 """A run that is asked to make way: what is decided, what a job that submits itself again says."""
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launcher import config, flags, retry, slurmjob
+from launcher import batch, cli, config, flags, retry, series, slurmjob
 from launcher.config import Flags
-from launcher.errors import UserError
+from launcher.errors import Interruption, UserError
 from launcher.events import (
     AskStop,
+    CanSave,
     CanStop,
     Cause,
     Ended,
     Exited,
     Interrupted,
+    Lost,
     MakeWay,
     Prepared,
     SetTimer,
     SignalAll,
+    Stalled,
     StartRanks,
     TimeUp,
 )
 from launcher.folder import site_of
+from launcher.hostfile import Hostfile
 from launcher.patience import Patience
+from launcher.plan import Site
+from launcher.record import Record
 from launcher.report import RunReport, outcome_of
+from launcher.series import past_of
 from launcher.slurm import JobState
 from launcher.supervise import begin, decide
 
@@ -104,6 +114,53 @@ def test_slurm_is_asked_again_unless_the_user_wants_an_end(kind, wanted):
     head = {"run_id": "r", "attempt": 1, "run_dir": "/r", "outcome": outcome_of(cause), "exit_code": 75, "ranks": ()}
     assert RunReport(**head, cause=cause).wants_requeue == wanted
     assert not RunReport(**head, cause=cause, interrupted=True).wants_requeue
+
+
+FAILED = [READY[0], CanSave(rank=0), exited(1, 9)]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [*FAILED, MakeWay()],  # while the other one saves
+        [*FAILED, TimeUp(), MakeWay()],
+        [*READY, Stalled(text="no step"), MakeWay()],
+        [*READY, MakeWay(), exited(1, 9)],
+        [*READY, MakeWay(), Lost(node_rank=0, text="gone")],
+    ],
+)
+def test_who_was_asked_to_make_way_while_something_fails_leaves_the_next_start_to_slurm(events):
+    state, _ = play(*events)
+    assert (state.asked_to_yield, state.cause.kind == "yield") == (True, False)
+    told = Record(SimpleNamespace(site=Site(run_id="r", attempt=1, run_dir="/r", cwd="/"), nodes=()), ())
+    told.enter("start", 0.0)
+    report = told.report(state.cause, 1.0, asked_to_yield=state.asked_to_yield)
+    assert report.wants_requeue
+    assert not dataclasses.replace(report, interrupted=True).wants_requeue
+    past = past_of(dataclasses.replace(report, cause=Cause(kind="rank", exit_code=9)), Hostfile(entries=()), 0)
+    decided = retry.after([past], retry.Policy(max_restarts=3))
+    assert decided == retry.Stop(why="not started again: it was asked to make way")
+
+
+@pytest.mark.parametrize(("code", "outcome"), [(2, "failed"), (3, "failed"), (0, "ok")])
+def test_what_was_refused_or_is_done_is_not_for_slurm_to_start_again(code, outcome):
+    cause = Cause(kind="rank", exit_code=code) if code else None
+    head = {"run_id": "r", "attempt": 1, "run_dir": "/r", "outcome": outcome, "exit_code": code, "ranks": ()}
+    assert not RunReport(**head, cause=cause, asked_to_yield=True).wants_requeue
+
+
+@pytest.mark.parametrize(("number", "code", "again"), [(10, 75, ["7"]), (2, 130, [])])
+def test_a_signal_that_comes_before_the_first_attempt(number, code, again, tmp_path, monkeypatch):
+    def interrupted(_):
+        raise Interruption(number)
+
+    requeued = []
+    monkeypatch.setattr(series.Series, "run", interrupted)
+    monkeypatch.setattr(batch, "requeue", lambda job, *_: requeued.append(job.job))
+    monkeypatch.setattr(sys, "argv", ["falcon-launch", "--runs-dir", str(tmp_path), "--resume", "auto"])
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}.items():
+        monkeypatch.setenv(name, value)
+    assert (cli.main(), requeued) == (code, again)
 
 
 # --resume auto
