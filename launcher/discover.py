@@ -143,7 +143,8 @@ def answers(channels: Sequence[Channel], event: str, timeout_s: float) -> list[d
 
 def _facts(host: str, hello: dict[str, Any], saved: Mapping[str, Topology]) -> HostFacts:
     if hello["protocol"] != PROTOCOL:
-        raise LaunchError(f'{host}: another version of falcon-dist: protocol "{hello["protocol"]}"; install the same')
+        text = f'{host}: another version of falcon-dist: protocol "{hello["protocol"]}"; install the same'
+        raise LaunchError(text, (host,))
     return HostFacts(
         topology=saved.get(host) or Topology.from_json(hello["topology"], host),
         machine=f"{hello['hostname']} {hello['boot_id']}",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from launcher.errors import LaunchError, UserError
+from launcher.errors import HostError, LaunchError, UserError
 from launcher.hostfile import HostEntry, Hostfile
 
 NOT_PROBED: Final = "<probed>"
@@ -83,9 +83,10 @@ def _check_own(hosts: Hostfile, first: HostEntry, own: Mapping[str, str]) -> Non
     if first.addr and _is_loopback(first.addr):
         raise UserError(f'{place}: other hosts cannot reach a loopback address: "{first.addr}"; give another or none')
     if first.addr and first.addr not in own:
-        raise UserError(f'{place}: not an address of {first.host}: "{first.addr}"; it has {_shown(own)}')
+        raise HostError(f'{place}: not an address of {first.host}: "{first.addr}"; it has {_shown(own)}', (first.host,))
     if first.ifname and first.ifname not in own.values():
-        raise UserError(f'{place}: not an interface of {first.host}: "{first.ifname}"; it has {_shown(own.values())}')
+        has = _shown(own.values())
+        raise HostError(f'{place}: not an interface of {first.host}: "{first.ifname}"; it has {has}', (first.host,))
 
 
 def _notes(first: HostEntry, addr: str, doors: Mapping[str, Any]) -> tuple[str, ...]:

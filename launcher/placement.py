@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeVar
 from launcher.binding import Binding
 from launcher.cluster import Cluster, Node
 from launcher.cpuset import CpuSet, union
-from launcher.errors import UserError
+from launcher.errors import HostError, UserError
 from launcher.topology import Topology
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ def bindings(node: Node, policy: Policy) -> list[Binding]:
     count, seats = _count(node, policy, groups, budget)
     # A worker without a core of its own, or a rank without one to compute on, is no placement.
     if not groups or count * (1 + policy.comm_cores) > budget:
-        raise UserError(_too_many(node, policy, count, budget))
+        raise HostError(_too_many(node, policy, count, budget), (node.host,))
     parts = _trim(_divide(groups, count, policy.per), budget, _most_cores(policy))
     return [_binding(node, policy, parts[seat]) for seat in seats]
 
@@ -150,7 +150,7 @@ def _chosen_cpus(node: Node, policy: Policy) -> CpuSet:
 def _picked(place: str, what: str, node: Node, wanted: CpuSet, known: dict[int, CpuSet]) -> CpuSet:
     if missing := wanted - CpuSet.of(known):
         has = CpuSet.of(known)
-        raise UserError(f'{place}: {node.host} has no such {what}: "{missing}"; it has "{has}"')
+        raise HostError(f'{place}: {node.host} has no such {what}: "{missing}"; it has "{has}"', (node.host,))
     return union(known[number] for number in wanted)
 
 
@@ -258,9 +258,10 @@ def _binding(node: Node, policy: Policy, cores: list[UsableCore]) -> Binding:
     at = len(cores) - policy.comm_cores
     wanted = policy.ncores_per_rank
     if at < 1 or (wanted is not None and at < wanted):
-        raise UserError(
+        raise HostError(
             f"--ncores-per-rank: {node.host} has {max(at, 0)} cores for a rank's computing"
-            f'{" beside its communication" if policy.comm_cores else ""}: "{wanted or 1}"; use fewer ranks or cores'
+            f'{" beside its communication" if policy.comm_cores else ""}: "{wanted or 1}"; use fewer ranks or cores',
+            (node.host,),
         )
     cpus = CpuSet.of(cpu for c in cores[:at] for cpu in (c.cpus if policy.use_logical_cores else (c.cpu,)))
     near = CpuSet.of(core.numa_node for core in cores)

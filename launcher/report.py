@@ -102,6 +102,8 @@ class RunReport:
     """A signal asked the launcher to end, be it after the first failure."""
     asked_to_yield: bool = False
     """A signal asked it to make way, whatever came of that."""
+    lost_a_host: bool = False
+    """The last attempt that ran lost one, and no further attempt came about."""
     attempts: tuple[AttemptLine, ...] = ()
     ledger_s: Mapping[str, float] = field(default_factory=dict)
     """Where the time of all attempts went."""
@@ -133,7 +135,7 @@ class RunReport:
         if self.cause is None or self.interrupted or self.cause.kind == "interrupt":
             return False
         asked = self.asked_to_yield and self.cause.exit_code not in NOT_RETRIED
-        return self.cause.kind in ("yield", "lost") or asked
+        return self.cause.kind in ("yield", "lost") or self.lost_a_host or asked
 
     @property
     def failed_rank(self) -> RankOutcome | None:
