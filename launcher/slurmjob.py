@@ -44,10 +44,14 @@ def render(config: LaunchConfig, launcher: str, words: Sequence[str], program: S
     resumed = "--resume" in words or any(word.startswith("--resume=") for word in words)
     again = [] if resumed else ["--resume", "auto"]
     named = "" if resumed or config.launch.run_id else f' --run-id "{RUN_ID}"'
-    command = shlex.join([launcher, *words, *again]) + named + "".join(f" {shlex.quote(word)}" for word in program)
+    left_out = [word for key in config.left_out for word in ("--set", f"{key}=none")]
+    command = (
+        shlex.join([launcher, *words, *left_out, *again]) + named + "".join(f" {shlex.quote(word)}" for word in program)
+    )
     options = "\n".join(f"#SBATCH --{option}" for option in _options(config))
     text = SCRIPT.format(options=options, signal_s=config.slurm.signal_s, command=command)
-    return JobScript(text=text, notes=config.notes)
+    told = (f"Slurm chooses the hosts: {', '.join(config.left_out)} of the run is left out",) if left_out else ()
+    return JobScript(text=text, notes=(*config.notes, *told))
 
 
 def _options(config: LaunchConfig) -> list[str]:
@@ -74,6 +78,8 @@ def _check(config: LaunchConfig) -> None:
     for flag, value in (("--hostfile", launch.hostfile), ("--hosts", launch.hosts)):
         if value is not None:
             raise UserError(f'{flag}: not beside --slurm, where Slurm chooses the nodes: "{value}"; use --nnodes')
+    if launch.min_nodes is not None and launch.nnodes is None:
+        raise UserError(f'--min-nodes: of how many a job is to have: "{launch.min_nodes}"; add --nnodes N')
     for item in launch.env:
         name, equals, _ = item.partition("=")
         if equals and is_secret(name):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,7 +224,7 @@ GOLDEN = """#!/bin/bash
 #SBATCH --constraint=amx
 # In place of this shell, so that Slurm's signals arrive: 120 s before the time is over the launcher
 # has all ranks save, asks Slurm to start the job again, and then goes on where it was.
-exec /opt/bin/falcon-launch --nproc-per-node 2 --recipe demo --set 'data.name=my data.jsonl' \
+exec /opt/bin/falcon-launch --nnodes 2:4 --nproc-per-node 2 --recipe demo --set 'data.name=my data.jsonl' \
 --resume auto --run-id "slurm-$SLURM_JOB_ID"
 """
 
@@ -256,7 +257,7 @@ def test_a_run_with_a_name_and_a_program():
 @pytest.mark.parametrize("program", ["train.py --x 1", "-- train.py --resume last.pt", "-m mod --resume=last.pt"])
 def test_a_program_keeps_its_own_arguments(program):
     line = script("--nnodes", "2", *program.split()).splitlines()[-1]
-    assert line == f'exec /opt/bin/falcon-launch --resume auto --run-id "slurm-$SLURM_JOB_ID" {program}'
+    assert line == f'exec /opt/bin/falcon-launch --nnodes 2 --resume auto --run-id "slurm-$SLURM_JOB_ID" {program}'
 
 
 def test_a_name_of_the_recipe_is_kept(tmp_path):
@@ -271,9 +272,44 @@ def test_a_run_that_is_gone_on_with(tmp_path):
     assert script("--resume", str(folder)).splitlines()[-1] == f"exec /opt/bin/falcon-launch --resume {folder}"
 
 
+def in_the_job(text: str) -> config.LaunchConfig:
+    """What the launcher that a script starts is asked for."""
+    words = shlex.split(text.splitlines()[-1].replace("$SLURM_JOB_ID", "7"))[2:]
+    return config.load(flags.parse(words).flags)
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes", "launch"),
+    [(["--nnodes", "2:4"], "2-4", (4, 2)), (["--num-nodes=2"], "2", (2, None)), ([], "4", (4, None))],
+)
+def test_a_job_wants_the_nodes_that_it_asks_slurm_for(tmp_path, words, nodes, launch):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[launch]\nnnodes = 4\n")
+    text = script("--recipe", str(recipe), *words)
+    assert f"#SBATCH --nodes={nodes}\n" in text
+    found = in_the_job(text).launch
+    assert (found.nnodes, found.min_nodes) == launch
+
+
+def test_a_run_that_had_hosts_of_its_own_goes_on_in_a_job(tmp_path):
+    folder = make_run(tmp_path, "mine", checkpoint=True)
+    saved = config.LaunchConfig(launch=config.LaunchSettings(hostfile="gone", include="node7", nnodes=2))
+    (folder / "config.json").write_text(json.dumps(saved.to_json()))
+    text = script("--resume", str(folder))
+    assert text.splitlines()[-1].endswith(f"--resume {folder} --set launch.hostfile=none --set launch.include=none")
+    found = in_the_job(text)
+    assert (found.launch.hostfile, found.launch.include, found.launch.nnodes) == (None, None, 2)
+    assert found.resume_from == str(folder)
+    with pytest.raises(UserError, match="--hosts: not beside --slurm"):
+        script("--resume", str(folder), "--hosts", "a")
+    assert config.load(flags.parse(["--resume", str(folder)]).flags).launch.hostfile == "gone"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--min-nodes", "2"], '--min-nodes: of how many a job is to have: "2"; add --nnodes N'),
+        (["--nnodes", "1", "--min-nodes", "2"], '--min-nodes: min_nodes is more than nnodes, 1: "2"'),
         (["--hosts", "a,b"], '--hosts: not beside --slurm, where Slurm chooses the nodes: "a,b"'),
         (["--env", "HF_TOKEN=abc"], '--env: a job script is no place for a secret: "HF_TOKEN"'),
         (
