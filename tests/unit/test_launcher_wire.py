@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import os
@@ -126,6 +127,28 @@ def test_what_was_received_once_and_has_changed_is_fetched_anew(tmp_path, monkey
     (path / "tokens").write_bytes(b"0123056789")
     assert (receive() / "tokens").read_bytes() == b"0123456789"
     assert "is not what was received once (sha256 differs); fetched anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("there", [b"0123456789", b"another"])
+def test_what_another_host_has_put_there_meanwhile_is_taken_if_it_is_the_same(tmp_path, there):
+    sent, place = b"0123456789", tmp_path / "received/model"
+    near, far = socket.socketpair()
+    with near, far, near.makefile("rwb") as stream:
+        far.sendall(sent)
+        place.mkdir(parents=True)
+        (place / "weights").write_bytes(there)
+        digests = {"weights": hashlib.sha256(sent).hexdigest()}
+        with contextlib.nullcontext() if there == sent else pytest.raises(OSError, match="not empty"):
+            courier._fetch(stream, place, [("weights", len(sent), 0)], digests)
+    assert [path.name for path in place.parent.iterdir()] == ["model"]
+    assert (place / "weights").read_bytes() == there
+
+
+def test_hosts_that_share_a_disk_never_write_into_the_same_folder(tmp_path):
+    names = {courier._beside(tmp_path / "model", "partial").name for _ in range(50)}
+    assert len(names) == 50
+    assert all(name.startswith(f"model.partial-{socket.gethostname()}-") for name in names)
+    courier._set_aside(tmp_path / "gone")
 
 
 def test_a_file_outside_its_folder_is_refused(tmp_path):
