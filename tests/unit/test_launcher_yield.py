@@ -329,6 +329,45 @@ def test_jobs_that_cannot_be(words, said):
     assert said in str(fault.value)
 
 
+def test_what_stays_out_of_the_script_is_no_secret_in_it(tmp_path):
+    secrets = tmp_path / "secrets.env"
+    secrets.write_text("HF_TOKEN=abc\nHTTPS_PROXY=http://me:pw@proxy\n")
+    text = script(
+        "--env-file",
+        str(secrets),
+        "--env",
+        "HF_TOKEN",
+        "--env",
+        "A=b",
+        "--sbatch",
+        "export=HF_TOKEN",
+        "--",
+        "t.py",
+        "--tokenizer=x",
+    )
+    assert f"--env-file {secrets} --env HF_TOKEN --env A=b" in text
+    assert "abc" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["--env", "HTTPS_PROXY=http://me:t0ps3cret@proxy"], '--env: a job script is no place for a secret: "HTTPS_'),
+        (["--env=HTTPS_PROXY=http://me:t0ps3cret@proxy"], '--env: a job script is no place for a secret: "HTTPS_'),
+        (["--set", "launch.env=['MY_KEY=t0ps3cret']"], '--env: a job script is no place for a secret: "MY_KEY"'),
+        (["--set", "data.name=https://me:t0ps3cret@x/y"], 'a login: "data.name=https://<redacted>@x/y"'),
+        (["--", "t.py", "https://me:t0ps3cret@x/y"], 'a login: "https://<redacted>@x/y"'),
+        (["--sbatch", "export=ALL,HF_TOKEN=t0ps3cret"], '--env: a job script is no place for a secret: "HF_TOKEN"'),
+        (["--sbatch", "comment=https://me:t0ps3cret@x"], 'a login: "comment=https://<redacted>@x"'),
+    ],
+)
+def test_a_secret_that_would_stand_in_the_script(words, place):
+    with pytest.raises(UserError) as fault:
+        script(*words)
+    assert place in str(fault.value)
+    assert "t0ps3cret" not in str(fault.value)
+
+
 def test_options_of_a_job_need_a_job():
     with pytest.raises(UserError, match='--partition: is for the job that --slurm submits: "cpu"; add --slurm'):
         flags.parse(["--partition", "cpu"])
