@@ -102,6 +102,26 @@ def test_many_launchers_are_refused():
     reach(LaunchSettings(hosts="localhost"), step)  # four runs of one machine each are a wish
 
 
+def test_a_step_tells_of_its_own_tasks_not_of_the_jobs():
+    one = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1"}
+    assert [(n.cpus, n.tasks) for n in job(**one).nodes] == [(4, None), (4, None), (2, None)]
+    kept = job(SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_TASKS="1", SLURM_NTASKS="5")  # salloc's own shell
+    assert [n.tasks for n in kept.nodes] == [2, 2, 1]
+    inside = reach(LaunchSettings(), {**JOB, **one})
+    assert [(e.host, e.slots) for e in inside.hosts.entries] == [("node01", None), ("node02", None), ("gpu7", None)]
+    with pytest.raises(UserError, match="SLURM_TASKS_PER_NODE: for 1 nodes"):
+        job(SLURM_NTASKS="1", SLURM_TASKS_PER_NODE="1")
+
+
+@pytest.mark.parametrize("odd", [{"SLURM_HET_SIZE": "2"}, {"SLURM_JOB_CPUS_PER_NODE": "4"}])
+def test_this_machine_alone_is_no_business_of_slurms(odd):
+    here = reach(LaunchSettings(hosts="localhost"), JOB | odd)
+    assert ([e.host for e in here.hosts.entries], here.by_srun, here.notes([])) == (["localhost"], False, ())
+    for others in (None, "node01"):
+        with pytest.raises(UserError, match="SLURM_"):
+            reach(LaunchSettings(hosts=others), JOB | odd)
+
+
 def test_cpus_that_differ_from_what_the_job_has_are_told():
     def sees(count):
         topology = Topology(sockets=(), allowed=CpuSet.of(range(count)), mems_allowed=CpuSet())
