@@ -3,7 +3,7 @@
 Commands come as JSON lines on standard input, events go as JSON lines to standard output:
 
     -> {"command": "open_doors"}                   <- {"event": "doors", "ports", "addresses", "token", ...}
-    -> {"command": "knock", "doors", "token"}      <- {"event": "knocked", "reached"}
+    -> {"command": "knock", "doors", "token"}      <- {"event": "knocked", "reached", "addresses"}
     -> {"command": "survey", ...}                  <- {"event": "surveyed", ...}
     -> {"command": "open_store", "addr": A}        <- {"event": "store", "port": N, "courier_port": M}
     -> {"command": "prepare", "plan": NodePlan}    <- {"event": "prepared", "code" | "signal"}
@@ -134,7 +134,7 @@ class Agent:
             "start": self._crew.start_ranks,
             "signal": self._crew.signal_all,
             "ask": self._crew.ask,
-            "knock": lambda **asked: self.emit("knocked", reached=doors.knock(**asked)),
+            "knock": lambda **asked: self.emit("knocked", reached=doors.knock(**asked), addresses=doors.addresses()),
             "survey": lambda **asked: self.emit("surveyed", **survey.take(**asked)),
             "end_run": lambda file: self.emit("ended_run", text=roster.end(file)),
             "clock": lambda: self.emit("clock", now=time.time()),

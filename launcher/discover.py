@@ -75,6 +75,7 @@ def meet(agents: Agents, hostfile: Hostfile) -> Meeting:
     for channel, entry in zip(others, hostfile.entries[1:], strict=True):
         channel.send("knock", doors=ports, token=doors["token"], source=network.way_out(entry))
     knocked = answers(others, "knocked", ANSWER_TIMEOUT_S)
+    network.check_others(hostfile, [answer["addresses"] for answer in knocked])
     return network.choose(hostfile, doors, tried, [answer["reached"] for answer in knocked])
 
 
