@@ -80,6 +80,8 @@ class Lost:
 
     node_rank: int
     text: str
+    blamed: bool = True
+    """Its host is at fault, as far as can be told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

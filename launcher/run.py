@@ -48,6 +48,8 @@ from launcher.straggler import Paces
 from launcher.watch import Watch
 from launcher.wire import BEAT_S, SILENCE_S
 
+ALONE: Final = "the host, its link or its agent is dead"
+"""Said of one host that falls silent while others do not."""
 CLOSE_S: Final = 2.0
 """How long the way to an agent that has ended may take to close."""
 
@@ -127,10 +129,11 @@ class Run:
 
     def _look_for_silence(self) -> None:
         now = time.monotonic()
-        for node_rank, channel in list(self._living.items()):
-            if now - channel.heard_at > SILENCE_S:
-                text = f"{channel.host}: nothing heard for {SILENCE_S:g} s: the host, its link or its agent is dead"
-                self._lose(node_rank, text, patience_s=0.0)
+        quiet = [(n, c) for n, c in self._living.items() if now - c.heard_at > SILENCE_S / 2]
+        text = f"{', '.join(channel.host for _, channel in quiet)}: nothing heard for {SILENCE_S:g} s: "
+        text += "what they share, a disk or a network, may stand still" if quiet[1:] else ALONE
+        for node_rank in [n for n, channel in quiet if now - channel.heard_at > SILENCE_S]:
+            self._lose(node_rank, text, patience_s=0.0, blamed=len(quiet) == 1)
 
     def _listen(self, fd: int, callback: Callable[[], None]) -> None:
         self._selector.register(fd, selectors.EVENT_READ, callback)
@@ -191,13 +194,13 @@ class Run:
         if channel.ended:
             self._lose(node_rank, f"{channel.host}: the agent is gone", patience_s=CLOSE_S)
 
-    def _lose(self, node_rank: int, text: str, *, patience_s: float) -> None:
+    def _lose(self, node_rank: int, text: str, *, patience_s: float, blamed: bool = True) -> None:
         channel = self._living.pop(node_rank)
         self._selector.unregister(channel.fileno())
         self._watch_outboxes()
         code = channel.close(patience_s)
         told = f": {channel.how_ended(code)}" if patience_s else ""
-        self._happened(Lost(node_rank=node_rank, text=text + told))
+        self._happened(Lost(node_rank=node_rank, text=text + told, blamed=blamed))
 
     def _on_event(self, node_rank: int, event: dict[str, Any]) -> None:
         match event:

@@ -157,7 +157,7 @@ def _cause(state: RunState, event: Exited | Mismatched | Faulted | Lost) -> Caus
         case Faulted(node_rank=node, text=text):
             return Cause(kind="agent", node_rank=node, exit_code=EXIT_FAILED, text=text)
         case Lost(node_rank=node, text=text):
-            return Cause(kind="lost", node_rank=node, exit_code=EXIT_FAILED, text=text)
+            return Cause(kind="lost", node_rank=node if event.blamed else None, exit_code=EXIT_FAILED, text=text)
 
 
 def _prepared(state: RunState, event: Prepared) -> Decision:

@@ -1,5 +1,6 @@
 """The attempts of a run: what follows one that failed, on which hosts, and what is told in the end."""
 
+import dataclasses
 import time
 from types import SimpleNamespace
 
@@ -10,9 +11,11 @@ from launcher.checks import judge
 from launcher.cluster import HostFacts
 from launcher.config import LaunchConfig, LaunchSettings
 from launcher.errors import HostError, LaunchError, UserError
-from launcher.events import Cause, Kind
+from launcher.events import Cause, Kind, Lost
 from launcher.hostfile import parse_list
 from launcher.report import RankOutcome, RunReport, outcome_of
+from launcher.run import Run
+from launcher.supervise import begin, decide
 
 SILENT = SimpleNamespace(say=lambda _: None, complain=lambda _: None)
 
@@ -72,6 +75,30 @@ def test_what_never_was_otherwise_or_no_host_is_at_fault_for_is_refused(play, en
     with pytest.raises(UserError) as fault:
         play(*ends)
     assert fault.value is ends[-1]
+
+
+@pytest.mark.parametrize(
+    ("quiet_s", "told", "blamed"),
+    [
+        ((0.5, 11.0, 1.0), ["b: nothing heard for 10 s: the host, its link or its agent is dead"], True),
+        ((9.2, 11.0, 1.0), ["a, b: nothing heard for 10 s: what they share, a disk or a network, may stand"], False),
+        ((0.5, 9.9, 1.0), [], None),
+    ],
+)
+def test_hosts_that_fall_silent_together_are_not_to_blame(quiet_s, told, blamed):
+    now, lost = time.monotonic(), []
+    living = {n: SimpleNamespace(host="abc"[n], heard_at=now - quiet) for n, quiet in enumerate(quiet_s)}
+    run = SimpleNamespace(
+        _living=living,
+        _lose=lambda node, text, patience_s, blamed: lost.append(Lost(node_rank=node, text=text, blamed=blamed)),
+    )
+    Run._look_for_silence(run)
+    assert [lost_one.node_rank for lost_one in lost] == [1] * len(told)
+    for text, event in zip(told, lost, strict=True):
+        assert event.text.startswith(text)
+        state, _ = decide(begin((0, 1, 2)), event)
+        past = series.past_of(dataclasses.replace(report(), cause=state.cause), parse_list("a,b,c"), 0)
+        assert past.failed_host == ("b" if blamed else None)
 
 
 def facts(machine: str, python: str = "3.11.2") -> HostFacts:
