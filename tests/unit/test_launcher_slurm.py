@@ -1,15 +1,16 @@
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import frames, slurm
+from launcher import frames, slurm, trunk
 from launcher.cluster import HostFacts
 from launcher.config import LaunchSettings
 from launcher.cpuset import CpuSet
 from launcher.errors import UserError
-from launcher.hostfile import parse
+from launcher.hostfile import parse, parse_list
 from launcher.reach import reach
 from launcher.topology import Topology
 from launcher.trunk import Trunk
@@ -144,6 +145,18 @@ def test_an_srun_that_fails_at_once_is_an_exit_code_and_no_traceback(monkeypatch
         if thread.name.startswith("srun"):
             thread.join(10)
     assert (branch.wait(), raised) == (1, [])
+
+
+def test_channels_of_one_srun_leave_no_descriptor_behind(monkeypatch):
+    monkeypatch.setattr(slurm, "srun_words", lambda *_: ("sh", "-c", "echo no such node >&2; exit 1"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for one in list(trunk.within(job())(parse_list("node01,node02").entries)):
+        one.close()
+        assert one.last_words() == "no such node"
+    for thread in threading.enumerate():
+        if thread.name.startswith("srun"):
+            thread.join(10)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 lines_ = st.lists(st.tuples(st.sampled_from(["node1", "node10"]), st.binary(max_size=3000)))

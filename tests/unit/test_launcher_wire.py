@@ -45,6 +45,17 @@ def channel_to(code: str) -> Channel:
     return Channel("node1", Spawned(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
 
 
+def test_a_closed_channel_holds_no_descriptor_and_knows_the_last_words():
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    errors = os.memfd_create("ssh")
+    words = [sys.executable, "-c", "import sys; sys.exit('no route to host')"]
+    pipe = subprocess.PIPE
+    channel = Channel("node1", Spawned(subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=errors)), errors)
+    assert [channel.close(), channel.close()] == [1, 1]
+    assert channel.how_ended(1) == "exit code 1: no route to host"
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 def test_what_a_login_prints_is_no_event():
     channel = channel_to("""print('welcome\\n[1]\\n{"event": "x"}\\n{"event": "hello"}\\n{"event": "y"}\\nnoise')""")
     events = []
