@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from launcher.binding import Binding
 from launcher.cluster import Cluster, Node
@@ -17,6 +17,8 @@ from launcher.topology import Topology
 
 T = TypeVar("T")
 Per = Literal["numa_node", "socket"]
+SMALLEST: Final = 2
+"""A NUMA node with less than this part (a half) of the largest one's cores gets a rank only where that is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,13 +108,30 @@ def bindings(node: Node, policy: Policy) -> list[Binding]:
     groups = usable_cores(node, policy)
     if policy.per == "socket":  # a NUMA node, or a machine that tells of none, can span sockets
         groups = [part for group in groups for part in _sockets_of(group)]
+    groups = roomy(node, policy, groups)
     budget = budget_of(node.facts.topology, groups, policy)
     count, seats = _count(node, policy, groups, budget)
     # A worker without a core of its own, or a rank without one to compute on, is no placement.
     if not groups or count * (1 + policy.comm_cores) > budget:
         raise HostError(_too_many(node, policy, count, budget), (node.host,))
-    parts = _trim(_divide(groups, count, policy.per), budget, _most_cores(policy))
+    least = 1 + policy.comm_cores if policy.by_slots else 1  # one for each of them is no other number of ranks
+    parts = _trim(_divide(groups, count, policy.per, least), budget, _most_cores(policy))
     return [_binding(node, policy, parts[seat]) for seat in seats]
+
+
+def roomy(node: Node, policy: Policy, groups: list[list[UsableCore]]) -> list[list[UsableCore]]:
+    """Groups that ranks are given where nobody said how many: one that is far smaller would hold back all the others.
+
+    Ranks are equal, so each of two on 1 and 7 cores would get hardly more than 1.
+    """
+    if not groups or policy.nproc_per_node is not None or not policy.by_slots or node.entry.slots is not None:
+        return groups
+    units = [group[0].socket if policy.per == "socket" else number for number, group in enumerate(groups)]
+    sizes: dict[int, int] = defaultdict(int)
+    for unit, group in zip(units, groups, strict=True):
+        sizes[unit] += len(group)
+    least = max(1 + policy.comm_cores, math.ceil(max(sizes.values()) / SMALLEST))
+    return [group for unit, group in zip(units, groups, strict=True) if sizes[unit] >= least] or groups
 
 
 def budget_of(topology: Topology, groups: Sequence[Sequence[UsableCore]], policy: Policy) -> int:
@@ -189,15 +208,15 @@ def _too_many(node: Node, policy: Policy, count: int, budget: int) -> str:
     )
 
 
-def _divide(groups: list[list[UsableCore]], count: int, per: Per) -> list[list[UsableCore]]:
-    """Disjoint cores for each of ``count`` ranks; no rank straddles NUMA nodes where that can be had."""
+def _divide(groups: list[list[UsableCore]], count: int, per: Per, least: int) -> list[list[UsableCore]]:
+    """Disjoint cores for each rank, ``least`` or more; no rank straddles NUMA nodes where that can be had."""
     sockets = _by_socket(groups)
-    if count >= len(groups):
-        shares = _shares([len(g) for g in groups], count)
+    shares = _shares([len(g) for g in groups], count, least)
+    if count >= len(groups) and all(len(g) >= n * least for g, n in zip(groups, shares, strict=True)):
         return [part for g, n in zip(groups, shares, strict=True) if n for part in _chunks(g, n)]
     if per == "socket" and count == len(sockets):
         return [_interleave(part) for part in sockets]
-    if len(groups) % count == 0:
+    if len(groups) % count == 0 and count < len(groups):
         return [_interleave(part) for part in _chunks(groups, count)]
     return _chunks([core for group in groups for core in group], count)
 
@@ -216,10 +235,10 @@ def _by_socket(groups: list[list[UsableCore]]) -> list[list[list[UsableCore]]]:
     return list(found.values())
 
 
-def _shares(sizes: list[int], count: int) -> list[int]:
+def _shares(sizes: list[int], count: int, least: int) -> list[int]:
     """Ranks per NUMA node: equal where every node has the cores for it, else where most cores are left a rank."""
     equal, rest = divmod(count, len(sizes))
-    if rest == 0 and min(sizes) >= equal:
+    if rest == 0 and min(sizes) >= equal * least:
         return [equal] * len(sizes)
     shares = [0] * len(sizes)
     for _ in range(count):
@@ -258,9 +277,10 @@ def _binding(node: Node, policy: Policy, cores: list[UsableCore]) -> Binding:
     at = len(cores) - policy.comm_cores
     wanted = policy.ncores_per_rank
     if at < 1 or (wanted is not None and at < wanted):
+        flag, asked = ("--ccl-worker-count", policy.comm_cores) if wanted is None else ("--ncores-per-rank", wanted)
         raise HostError(
-            f"--ncores-per-rank: {node.host} has {max(at, 0)} cores for a rank's computing"
-            f'{" beside its communication" if policy.comm_cores else ""}: "{wanted or 1}"; use fewer ranks or cores',
+            f"{flag}: {node.host} has {max(at, 0)} cores for a rank's computing"
+            f'{" beside its communication" if policy.comm_cores else ""}: "{asked}"; use fewer ranks or cores',
             (node.host,),
         )
     cpus = CpuSet.of(cpu for c in cores[:at] for cpu in (c.cpus if policy.use_logical_cores else (c.cpu,)))

@@ -68,6 +68,23 @@ def test_no_rank_straddles_when_ranks_are_a_multiple_of_nodes(topology, factor):
 
 
 @given(machines())
-def test_the_default_is_a_rank_per_node_with_cores(topology):
+def test_the_default_is_a_rank_per_node_that_is_not_far_smaller_than_another(topology):
     budget = topology.quota_cpus or 1000
-    assert len(bindings(topology, None)) == min(len(usable_cores(only_node(topology), Policy())), max(1, int(budget)))
+    sizes = [len(group) for group in usable_cores(only_node(topology), Policy())]
+    large = [size for size in sizes if 2 * size >= max(sizes)]
+    assert len(bindings(topology, None)) == min(len(large), max(1, int(budget)))
+
+
+@given(machines(), st.integers(0, 2))
+def test_the_default_wastes_no_more_than_a_half_of_what_may_work(topology, comm):
+    sizes = [len(group) for group in usable_cores(only_node(topology), Policy())]
+    if topology.quota_cpus is None and max(sizes) > comm:
+        ranks = bindings(topology, None, comm_cores=comm)
+        assert 2 * sum(len(b.cpus) + len(b.comm_cpus) for b in ranks) >= sum(s for s in sizes if 2 * s >= max(sizes))
+
+
+@given(machines(), st.integers(1, 6), st.integers(0, 2))
+def test_so_many_ranks_as_there_are_cores_for_can_be_had(topology, nproc, comm):
+    cores = sum(len(group) for group in usable_cores(only_node(topology), Policy()))
+    if topology.quota_cpus is None and nproc * (1 + comm) <= cores:
+        assert len(bindings(topology, nproc, comm_cores=comm)) == nproc
