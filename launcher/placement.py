@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, Literal, NamedTuple, TypeVar
@@ -122,16 +122,15 @@ def bindings(node: Node, policy: Policy) -> list[Binding]:
 def roomy(node: Node, policy: Policy, groups: list[list[UsableCore]]) -> list[list[UsableCore]]:
     """Groups that ranks are given where nobody said how many: one that is far smaller would hold back all the others.
 
-    Ranks are equal, so each of two on 1 and 7 cores would get hardly more than 1.
+    Ranks are equal, so each of two on 1 and 7 cores would get hardly more than one.
     """
     if not groups or policy.nproc_per_node is not None or not policy.by_slots or node.entry.slots is not None:
         return groups
     units = [group[0].socket if policy.per == "socket" else number for number, group in enumerate(groups)]
-    sizes: dict[int, int] = defaultdict(int)
-    for unit, group in zip(units, groups, strict=True):
-        sizes[unit] += len(group)
+    sizes = Counter(unit for unit, group in zip(units, groups, strict=True) for _ in group)
     least = max(1 + policy.comm_cores, math.ceil(max(sizes.values()) / SMALLEST))
-    return [group for unit, group in zip(units, groups, strict=True) if sizes[unit] >= least] or groups
+    kept = [group for unit, group in zip(units, groups, strict=True) if sizes[unit] >= least]
+    return kept if 2 * sum(map(len, kept)) >= sizes.total() else groups  # many small ones are no exception
 
 
 def budget_of(topology: Topology, groups: Sequence[Sequence[UsableCore]], policy: Policy) -> int:
@@ -210,15 +209,20 @@ def _too_many(node: Node, policy: Policy, count: int, budget: int) -> str:
 
 def _divide(groups: list[list[UsableCore]], count: int, per: Per, least: int) -> list[list[UsableCore]]:
     """Disjoint cores for each rank, ``least`` or more; no rank straddles NUMA nodes where that can be had."""
-    sockets = _by_socket(groups)
-    shares = _shares([len(g) for g in groups], count, least)
-    if count >= len(groups) and all(len(g) >= n * least for g, n in zip(groups, shares, strict=True)):
-        return [part for g, n in zip(groups, shares, strict=True) if n for part in _chunks(g, n)]
-    if per == "socket" and count == len(sockets):
-        return [_interleave(part) for part in sockets]
-    if len(groups) % count == 0 and count < len(groups):
-        return [_interleave(part) for part in _chunks(groups, count)]
-    return _chunks([core for group in groups for core in group], count)
+    ways = list(_ways(groups, count, per, least))
+    return next((parts for parts in ways if min(map(len, parts)) >= least), ways[-1])
+
+
+def _ways(groups: list[list[UsableCore]], count: int, per: Per, least: int) -> Iterator[list[list[UsableCore]]]:
+    """What can be cut into ``count`` parts, the best first."""
+    if count >= len(groups):
+        shares = _shares([len(g) for g in groups], count, least)
+        yield [part for g, n in zip(groups, shares, strict=True) if n for part in _chunks(g, n)]
+    elif per == "socket" and count == len(sockets := _by_socket(groups)):
+        yield [_interleave(part) for part in sockets]
+    elif len(groups) % count == 0:
+        yield [_interleave(part) for part in _chunks(groups, count)]
+    yield _chunks([core for group in groups for core in group], count)
 
 
 def _sockets_of(group: list[UsableCore]) -> list[list[UsableCore]]:
