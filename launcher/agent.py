@@ -3,7 +3,7 @@
 Commands come as JSON lines on standard input, events go as JSON lines to standard output:
 
     -> {"command": "open_doors"}                   <- {"event": "doors", "ports", "addresses", "token", ...}
-    -> {"command": "knock", "doors", "token"}      <- {"event": "knocked", "reached"}
+    -> {"command": "knock", "doors", "token"}      <- {"event": "knocked", "reached", "addresses"}
     -> {"command": "survey", ...}                  <- {"event": "surveyed", ...}
     -> {"command": "open_store", "addr": A}        <- {"event": "store", "port": N, "courier_port": M}
     -> {"command": "prepare", "plan": NodePlan}    <- {"event": "prepared", "code" | "signal"}
@@ -154,8 +154,8 @@ class Agent:
 
     def _prepare(self, plan: dict[str, Any]) -> None:
         taken = NodePlan.from_json(plan)
+        roster.sign(taken)  # first: by it the launcher sees whether the run folder is shared
         self._crew.prepare(taken)
-        roster.sign(taken)
 
     def _survey(self, **asked: Any) -> None:
         from launcher import survey
@@ -178,7 +178,7 @@ class Agent:
     def _knock(self, **asked: Any) -> None:
         from launcher import doors
 
-        self.emit("knocked", reached=doors.knock(**asked))
+        self.emit("knocked", reached=doors.knock(**asked), addresses=doors.addresses())
 
     def _open_doors(self) -> None:
         from launcher import doors

@@ -10,7 +10,7 @@ from launcher.binding import Binding
 from launcher.cluster import Cluster, Node
 from launcher.config import LaunchConfig
 from launcher.environment import Seat
-from launcher.errors import UserError
+from launcher.errors import HostError
 
 ONECCL: Final = "oneccl-cpu-devel"
 """Distribution whose headers and library the ccl backend is built against."""
@@ -61,15 +61,16 @@ def fabric_of(cluster: Cluster) -> Provider:
 
 def _check(backend: str, cluster: Cluster) -> None:
     if backend == "ccl" and (lacking := _without_oneccl(cluster, asked_only=True)):
-        raise UserError(
+        raise HostError(
             f'--backend: oneCCL is not installed on {", ".join(lacking)}: "ccl"; '
-            "pip install 'falcon-dist[oneccl]' there, or take gloo"
+            "pip install 'falcon-dist[oneccl]' there, or take gloo",
+            tuple(lacking),
         )
     if backend == "ccl-intel":
         faults = [(n.host, ccl_intel.fault(n.facts.versions)) for n in cluster.nodes if n.facts.versions]
         for host, fault in faults:
             if fault is not None:
-                raise UserError(f"{fault} ({host})")
+                raise HostError(f"{fault} ({host})", (host,))
 
 
 def _without_oneccl(cluster: Cluster, *, asked_only: bool = False) -> list[str]:

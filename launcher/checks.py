@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from launcher.cluster import HostFacts
 from launcher.config import Program
-from launcher.errors import UserError
+from launcher.errors import HostError, UserError
 from launcher.render import table
 
 OURS: Final = ("falcon-dist", "torch", "transformers", "trl", "accelerate")
@@ -28,16 +29,18 @@ def judge(
     """Notes on what differs without harm.
 
     Raises:
-        UserError: what is missing on a host, or a table of what differs between them.
+        HostError: what is missing on a host, or a table of what differs between them.
+        UserError: two of them are one machine.
     """
-    missing = [fault for host, told in zip(hosts, surveys, strict=True) for fault in _missing(host, told, cwd, program)]
-    if missing:
-        raise UserError("\n".join(missing))
+    missing = {host: _missing(host, told, cwd, program) for host, told in zip(hosts, surveys, strict=True)}
+    if faults := [fault for found in missing.values() for fault in found]:
+        raise HostError("\n".join(faults), tuple(host for host, found in missing.items() if found))
     _check_same_machine(hosts, facts)
     rows = _skew(facts, surveys, program)
     if rows:
         shown = table(("", *hosts), rows)
-        raise UserError(f'hosts: not the same software: "{", ".join(r[0] for r in rows)}"; make them the same\n{shown}')
+        names = ", ".join(row[0] for row in rows)
+        raise HostError(f'hosts: not the same software: "{names}"; make them the same\n{shown}', _odd(hosts, rows))
     return _notes(hosts, surveys)
 
 
@@ -74,6 +77,16 @@ def _skew(facts: Sequence[HostFacts], surveys: Sequence[Mapping[str, Any]], prog
     if program is not None:
         rows.append(("script", *(s["script"] or "-" for s in surveys)))
     return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _odd(hosts: Sequence[str], rows: Sequence[Row]) -> tuple[str, ...]:
+    """Hosts that differ from what more than half of them have; none where nothing is so common."""
+    odd = set()
+    for values in (row[1:] for row in rows):
+        usual, count = Counter(values).most_common(1)[0]
+        if 2 * count > len(hosts):
+            odd |= {host for host, value in zip(hosts, values, strict=True) if value != usual}
+    return tuple(host for host in hosts if host in odd)
 
 
 def _notes(hosts: Sequence[str], surveys: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

@@ -40,7 +40,6 @@ from launcher.topology import Topology
 if TYPE_CHECKING:  # not for --help and --dry-run
     from launcher.console import Console
     from launcher.report import RunReport
-    from launcher.slurm import Allocation
 
 TOKEN_BYTES = 16
 
@@ -56,7 +55,9 @@ def main() -> int:
         sys.stderr.write(f"falcon-launch: {fault}\n")
         return EXIT_FAILED
     except Interruption as asked:
-        return 128 + asked.signal
+        from launcher.interrupts import cause_of
+
+        return cause_of(asked.signal).exit_code
     except KeyboardInterrupt:
         return 130
 
@@ -87,6 +88,7 @@ def _run(
     order: Order, config: LaunchConfig, way: Reach, saved: Mapping[str, Topology], environ: Mapping[str, str]
 ) -> int:
     from launcher.console import Console
+    from launcher.interrupts import cause_of
     from launcher.series import Series
 
     with Console(quiet=order.quiet or order.as_json) as console:
@@ -97,18 +99,27 @@ def _run(
                 start = _Start(order, config, way.to(hosts), agents, environ, console=console, running=running)
                 return start.run(discover.ask(agents, saved))
 
-        with running:
-            report = Series(config, way.hosts, attempt, console).run()
+        try:
+            with running:
+                report = Series(config, way.hosts, attempt, console).run()
+        except Interruption as asked:  # while the first attempt still asks its hosts
+            if cause_of(asked.signal).kind == "yield":
+                _start_again(order, config, way, console)
+            raise
         folder.keep_last_report(report)
         console.conclude(json.dumps(report.to_json()) if order.as_json else render.closing_text(report))
-        if report.wants_requeue and way.by_srun and way.allocation is not None:
-            _start_again(order, config, way.allocation, console)
+        if report.wants_requeue:
+            _start_again(order, config, way, console)
     return report.exit_code
 
 
-def _start_again(order: Order, config: LaunchConfig, job: Allocation, console: Console) -> None:
+def _start_again(order: Order, config: LaunchConfig, way: Reach, console: Console) -> None:
+    """Asks Slurm for that, where the run is on nodes of its job."""
     from launcher import batch
 
+    job = way.allocation
+    if job is None or not way.by_srun:
+        return
     if order.flags.resume is None:
         console.say(f"job {job.job} is not started again: without --resume auto it would begin at the first step")
     else:

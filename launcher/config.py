@@ -105,6 +105,8 @@ class LaunchConfig:
     """Run folder that is continued; None: a new run."""
     resume_step: int = 0
     """Step of the newest checkpoint it is known to have; 0: not known."""
+    left_out: tuple[str, ...] = ()
+    """Settings of that run which a job has no use for."""
     notes: tuple[str, ...] = ()
     """What the user should be told about how this came to be."""
 
@@ -133,6 +135,8 @@ class Flags:
     resume: str | None = None
     """A run id, a run folder, or "auto"."""
     program: Program | None = None
+    as_job: bool = False
+    """To be submitted to Slurm, which chooses the hosts."""
     notes: tuple[str, ...] = ()
     """What the command line was translated into, for the user to be told."""
 
@@ -147,6 +151,7 @@ def load(flags: Flags) -> LaunchConfig:
     recipe = _recipe(flags.recipe or DEFAULT_RECIPE) if flags.recipe or not flags.program else {}
     folder, note = _resumed(flags.resume, recipe | given)
     values = earlier.settings(folder) if folder else {}
+    left_out = earlier.leave_hosts_out(values) if flags.as_job else ()
     program = flags.program or _saved_program(folder)
     if flags.recipe or not folder:
         values |= recipe
@@ -167,6 +172,7 @@ def load(flags: Flags) -> LaunchConfig:
         slurm=jobsettings.of(values),
         program=program,
         resume_from=str(folder) if folder else None,
+        left_out=left_out,
         notes=(*flags.notes, *((note,) if note else ())),
     )
 
@@ -218,6 +224,9 @@ def _check_launch(settings: LaunchSettings, values: Mapping[str, Value]) -> None
     if settings.nproc_per_node is not None and settings.nproc_per_node < 1:
         source = values["launch.nproc_per_node"].source
         raise UserError(f'{source}: nproc_per_node must be "auto" or 1 or more: "{settings.nproc_per_node}"')
+    if settings.nnodes is not None and (settings.min_nodes or 0) > settings.nnodes:
+        source = values["launch.min_nodes"].source
+        raise UserError(f'{source}: min_nodes is more than nnodes, {settings.nnodes}: "{settings.min_nodes}"')
     least_of = {"ncores_per_rank": 1, "ccl_worker_count": 0, "max_restarts": 0, "min_nodes": 1, "hang_s": 0}
     for key, least in {**least_of, "emergency_grace_s": 0, "stop_grace_s": 0, "max_requeues": 0}.items():
         number = getattr(settings, key)

@@ -45,6 +45,14 @@ class Console:
         self._erase()
         self._outlet.put(sys.stderr.fileno(), f"{text}\n")
 
+    def main_told(self, told: Mapping[str, Any]) -> None:
+        """Rank 0 has told something of the whole run."""
+        match told:
+            case {"event": "line", "text": text}:
+                self.say(str(text))
+            case {"event": "step", "step": int()}:
+                self.step(told)
+
     def step(self, event: Mapping[str, Any]) -> None:
         """A finished step of rank 0."""
         if event.get("log"):

@@ -7,6 +7,7 @@ Bytes travel unencrypted, as those of the ranks do; who has not this run's token
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -144,7 +145,7 @@ def _have(stream: Stream, key: str, told: Mapping[str, Any]) -> Path:
     whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
     path = _cache() / "received" / whole
     if path.is_dir() and Folder(path).digests() != digests:
-        path.rename(path.with_name(f"{path.name}.refused-{os.getpid()}"))
+        _set_aside(path)
         print(f'{key}: "{path}" is not what was received once (sha256 differs); fetched anew', flush=True)
     if not path.is_dir():
         _write(stream, {"want": "files", "key": key})
@@ -166,7 +167,7 @@ def _place(stream: Stream, told: Mapping[str, Any]) -> None:
     if [(name, size) for name, size, _ in here] == sizes and Folder(path).digests() == digests:
         return
     if path.exists():
-        path.rename(path.with_name(f"{path.name}.refused-{os.getpid()}"))
+        _set_aside(path)
     _write(stream, {"want": "files", "key": CHECKPOINT})
     _fetch(stream, path, files, digests)
     print(f"{path.name}: {sum(size for _, size in sizes) / 1e6:,.1f} MB received", flush=True)
@@ -183,13 +184,32 @@ def _files(told: Mapping[str, Any]) -> Files:
 
 
 def _fetch(stream: Stream, path: Path, files: Files, digests: Mapping[str, str]) -> None:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = _beside(path, "partial")
     try:
         for name, size, _ in files:
             _fetch_file(stream, _inside(partial, name), size, digests[name])
-        partial.rename(path)
+        _put(partial, path, digests)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put(partial: Path, path: Path, digests: Mapping[str, str]) -> None:
+    """Gives what was fetched its place, unless another host that shares the disk has put the same there meanwhile."""
+    try:
+        partial.rename(path)
+    except OSError:
+        if Folder(path).digests() != digests:
+            raise
+
+
+def _set_aside(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # another host that shares the disk was quicker
+        path.rename(_beside(path, "refused"))
+
+
+def _beside(path: Path, what: str) -> Path:
+    """A name that no other process has, on any host."""
+    return path.with_name(f"{path.name}.{what}-{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}")
 
 
 def _fetch_file(stream: Stream, path: Path, size: int, digest: str) -> None:
@@ -199,7 +219,7 @@ def _fetch_file(stream: Stream, path: Path, size: int, digest: str) -> None:
         while size:
             data = stream.read(min(size, CHUNK))
             if not data:
-                raise ConnectionError("node 0 ended before all was sent")
+                raise ConnectionError("peer is gone: node 0 ended before all was sent")
             whole.update(data)
             file.write(data)
             size -= len(data)
@@ -235,7 +255,7 @@ def _write(stream: Stream, values: Mapping[str, Any]) -> None:
 def _read(stream: Stream) -> dict[str, Any]:
     line = stream.readline(LONGEST_LINE)
     if not line.endswith(b"\n"):
-        raise ConnectionError("the other end is gone")
+        raise ConnectionError("peer is gone")
     return dict(json.loads(line))
 
 

@@ -75,6 +75,7 @@ def meet(agents: Agents, hostfile: Hostfile) -> Meeting:
     for channel, entry in zip(others, hostfile.entries[1:], strict=True):
         channel.send("knock", doors=ports, token=doors["token"], source=network.way_out(entry))
     knocked = answers(others, "knocked", ANSWER_TIMEOUT_S)
+    network.check_others(hostfile, [answer["addresses"] for answer in knocked])
     return network.choose(hostfile, doors, tried, [answer["reached"] for answer in knocked])
 
 
@@ -143,7 +144,8 @@ def answers(channels: Sequence[Channel], event: str, timeout_s: float) -> list[d
 
 def _facts(host: str, hello: dict[str, Any], saved: Mapping[str, Topology]) -> HostFacts:
     if hello["protocol"] != PROTOCOL:
-        raise LaunchError(f'{host}: another version of falcon-dist: protocol "{hello["protocol"]}"; install the same')
+        text = f'{host}: another version of falcon-dist: protocol "{hello["protocol"]}"; install the same'
+        raise LaunchError(text, (host,))
     return HostFacts(
         topology=saved.get(host) or Topology.from_json(hello["topology"], host),
         machine=f"{hello['hostname']} {hello['boot_id']}",

@@ -78,7 +78,10 @@ def knock(doors: Mapping[str, int], token: str, source: str | None) -> dict[str,
     found: dict[str, dict[str, str]] = {}
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as open_sockets:
         for addr, port in doors.items():
-            if caller := _call(addr, port, _source_for(addr, source, own)):
+            leaves_by = _source_for(addr, source, own)
+            if source is not None and leaves_by is None:
+                continue  # it has no address of this family
+            if caller := _call(addr, port, leaves_by):
                 open_sockets.enter_context(caller)
                 selector.register(caller, selectors.EVENT_READ, addr)
         deadline = time.monotonic() + KNOCK_S

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from falcon_dist.config import Value, flatten
 from launcher.errors import UserError
+
+HOSTS: Final = ("launch.hostfile", "launch.hosts", "launch.include", "launch.exclude")
 
 
 def find(resume: str, runs: Path, run_id: str | None) -> tuple[Path | None, str | None]:
@@ -35,6 +37,14 @@ def settings(folder: Path) -> dict[str, Value]:
     """All settings of a run."""
     values = _read(folder)
     return flatten({**values.get("train", {}), "launch": values.get("launch", {})}, str(folder / "config.json"))
+
+
+def leave_hosts_out(saved: dict[str, Value]) -> tuple[str, ...]:
+    """Takes the hosts of the run out of its settings; the keys that said which."""
+    found = tuple(key for key in HOSTS if key in saved and saved[key].value is not None)
+    for key in found:
+        del saved[key]
+    return found
 
 
 def program(folder: Path) -> Mapping[str, Any] | None:

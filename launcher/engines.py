@@ -6,7 +6,7 @@ from typing import Final
 
 from launcher.cluster import Cluster
 from launcher.config import LaunchConfig
-from launcher.errors import UserError
+from launcher.errors import HostError
 
 IPEX: Final = "intel-extension-for-pytorch"
 """Distribution behind ``--engine ipex``."""
@@ -18,7 +18,8 @@ def check(config: LaunchConfig, cluster: Cluster) -> None:
         return
     for node in cluster.nodes:
         if node.facts.versions and IPEX not in node.facts.versions:
-            raise UserError(
+            raise HostError(
                 f'--engine: {IPEX} is not installed on {node.host}, beside {node.facts.python}: "ipex"; '
-                "run make ipex-venv there and start .venv-ipex/bin/falcon-launch, or leave --engine out"
+                "run make ipex-venv there and start .venv-ipex/bin/falcon-launch, or leave --engine out",
+                (node.host,),
             )

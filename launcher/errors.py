@@ -5,6 +5,7 @@ BaseException
 │   └── Interruption                 a signal asked the launcher to end, while no attempt ran that could be stopped
 Exception
 ├── falcon_dist.contract.UserError   what the user gave cannot be; one line, exit code 2
+│   └── HostError                    a host is not as it has to be; after an attempt that ran, a failure like others
 └── LaunchError                      a host or an agent failed before or beside the ranks; one line, exit code 1
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from falcon_dist.contract import UserError
 
-__all__ = ["Interruption", "LaunchError", "UserError"]
+__all__ = ["HostError", "Interruption", "LaunchError", "UserError"]
 
 
 class Interruption(KeyboardInterrupt):
@@ -21,6 +22,15 @@ class Interruption(KeyboardInterrupt):
     def __init__(self, signal: int) -> None:
         super().__init__()
         self.signal = signal
+
+
+class HostError(UserError):
+    """What a host is like does not fit what was asked for. Where it did before, the host has changed, not the wish."""
+
+    def __init__(self, text: str, hosts: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.hosts = hosts
+        """Hosts at fault, where that is known."""
 
 
 class LaunchError(Exception):

@@ -46,6 +46,8 @@ class Prepared:
     ended: Ended
     text: str = ""
     """Where, if there is more than one node."""
+    echo: bool = False
+    """Its last words are of node 0, from which it was to have something, that is gone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +82,8 @@ class Lost:
 
     node_rank: int
     text: str
+    blamed: bool = True
+    """Its host is at fault, as far as can be told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

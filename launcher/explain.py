@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher.cluster import Cluster, Node
 from launcher.cpuset import CpuSet, union
-from launcher.placement import Policy, bindings, budget_of, usable_cores
+from launcher.placement import Policy, bindings, budget_of, roomy, usable_cores
 
 Row = tuple[str, str, str]
 
@@ -23,7 +23,8 @@ def _of_node(node: Node, policy: Policy) -> list[tuple[CpuSet, str]]:
     given = bindings(node, policy)
     comm = union(b.comm_cpus for b in given)
     compute = union(b.cpus for b in given)
-    idle = first - compute - comm
+    small = first - CpuSet.of(core.cpu for group in roomy(node, policy, groups) for core in group)
+    idle = first - compute - comm - small
     seconds = usable - first - compute
     return [
         (topology.offline, "offline"),
@@ -31,6 +32,7 @@ def _of_node(node: Node, policy: Policy) -> list[tuple[CpuSet, str]]:
         (topology.allowed - usable, _chosen_by(policy, node)),
         (seconds, "another thread of a core that is used; --use-logical-cores takes it"),
         (comm, "kept free for collective workers (--ccl-worker-count)"),
+        (small, "far fewer than another NUMA node has; --nproc-per-node numa gives each a rank"),
         (idle, _idle_because(node, policy, len(cores), budget_of(topology, groups, policy))),
     ]
 

@@ -40,7 +40,7 @@ NUMBER_FLAGS: Final = (
 SLURM_TEXTS: Final = ("partition", "time", "account", "qos")
 """Settings of a job that are text; with ``cpus_per_task`` and ``sbatch`` all that --slurm alone has use for."""
 NOT_IN_JOBS: Final = (
-    *("--slurm", "--dry-run", "--json", "--nnodes", "--num-nodes", "--sbatch", "--cpus-per-task"),
+    *("--slurm", "--dry-run", "--json", "--sbatch", "--cpus-per-task"),
     *(f"--{name}" for name in SLURM_TEXTS),
 )
 """Flags that a job script has as options of its own, or no use for."""
@@ -149,6 +149,7 @@ def _is_last_word_of_resume(words: list[str]) -> bool:
 
 def _flags(given: Mapping[str, Any], program: Program | None) -> Flags:
     return Flags(
+        as_job=given["slurm"],
         launch=_settings(given),
         slurm=_slurm_settings(given),
         sets=(*_engine(given["engine"]), *_profile(given["profile"]), *given["set"]),

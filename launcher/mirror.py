@@ -5,16 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-
-def append(folder: str, stream: str, lines: Iterable[str]) -> None:
-    """Lines a process wrote to its stdout or stderr."""
-    Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (Path(folder) / stream).open("a") as file:
-        file.writelines(f"{line}\n" for line in lines)
+from launcher.plan import NodePlan
+from launcher.record import Record
 
 
-def keep(folder: str, files: Mapping[str, str]) -> None:
-    """Files a rank left behind."""
-    Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name, text in files.items():
-        (Path(folder) / Path(name).name).write_text(text)
+class Mirror:
+    """Copies from those hosts alone: in a shared folder a copy would be read as what the rank wrote, without end."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+
+    def told_apart(self, node: NodePlan) -> None:
+        """An agent did not find what it was sent; believed unless its signature is in the launcher's own folder."""
+        if not Path(node.roster).exists():
+            self._record.apart.add(node.node_rank)
+
+    def append(self, node_rank: int, rank: int, stream: str, lines: Iterable[str]) -> None:
+        """Lines a rank wrote to its stdout or stderr."""
+        if node_rank in self._record.apart:
+            with (self._folder(rank) / stream).open("a") as file:
+                file.writelines(f"{line}\n" for line in lines)
+
+    def keep(self, node_rank: int, rank: int, files: Mapping[str, str]) -> None:
+        """Files a rank left behind."""
+        if node_rank in self._record.apart:
+            for name, text in files.items():
+                (self._folder(rank) / Path(name).name).write_text(text)
+
+    def _folder(self, rank: int) -> Path:
+        folder = Path(self._record.plan_of(rank).rank_dir)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder

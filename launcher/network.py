@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from launcher.errors import LaunchError, UserError
+from launcher.errors import HostError, LaunchError, UserError
 from launcher.hostfile import HostEntry, Hostfile
 
 NOT_PROBED: Final = "<probed>"
@@ -67,25 +67,38 @@ def choose(
     """
     others = hosts.entries[1:]
     for addr in tried:
-        if all(addr in reached for reached in knocks):
+        if all(_is_way(entry, reached.get(addr)) for entry, reached in zip(others, knocks, strict=True)):
             ifnames = (doors["addresses"][addr], *(reached[addr]["ifname"] for reached in knocks))
             return Meeting(addr=addr, ifnames=ifnames, notes=_notes(hosts.entries[0], addr, doors))
     raise LaunchError(_unreached(hosts.entries[0], tried, [(e.host, k) for e, k in zip(others, knocks, strict=True)]))
 
 
 def way_out(entry: HostEntry) -> str | None:
-    """The interface or source address that the hostfile holds a host to."""
-    return entry.ifname or entry.addr
+    """The source address or interface that the hostfile holds a host to."""
+    return entry.addr or entry.ifname
 
 
-def _check_own(hosts: Hostfile, first: HostEntry, own: Mapping[str, str]) -> None:
-    place = hosts.place_of(first)
-    if first.addr and _is_loopback(first.addr):
-        raise UserError(f'{place}: other hosts cannot reach a loopback address: "{first.addr}"; give another or none')
-    if first.addr and first.addr not in own:
-        raise UserError(f'{place}: not an address of {first.host}: "{first.addr}"; it has {_shown(own)}')
-    if first.ifname and first.ifname not in own.values():
-        raise UserError(f'{place}: not an interface of {first.host}: "{first.ifname}"; it has {_shown(own.values())}')
+def check_others(hosts: Hostfile, owns: Sequence[Mapping[str, str]]) -> None:
+    """Raises UserError where the hostfile holds a host but the first to what it has not; ``owns``: what each has."""
+    for entry, own in zip(hosts.entries[1:], owns, strict=True):
+        _check_own(hosts, entry, own)
+
+
+def _is_way(entry: HostEntry, reached: Mapping[str, str] | None) -> bool:
+    """Whether a host has got there, and as the hostfile wants it to."""
+    return reached is not None and entry.ifname in (None, reached["ifname"])
+
+
+def _check_own(hosts: Hostfile, entry: HostEntry, own: Mapping[str, str]) -> None:
+    place, host, addr, ifname = hosts.place_of(entry), entry.host, entry.addr, entry.ifname
+    if addr and _is_loopback(addr):
+        raise UserError(f'{place}: other hosts cannot reach a loopback address: "{addr}"; give another or none')
+    if addr and addr not in own:
+        raise HostError(f'{place}: not an address of {host}: "{addr}"; it has {_shown(own)}', (host,))
+    if ifname and ifname not in own.values():
+        raise HostError(f'{place}: not an interface of {host}: "{ifname}"; it has {_shown(own.values())}', (host,))
+    if addr and ifname and own[addr] != ifname:
+        raise HostError(f'{place}: {addr} of {host} is on {own[addr]}: "{ifname}"; give one of the two', (host,))
 
 
 def _notes(first: HostEntry, addr: str, doors: Mapping[str, Any]) -> tuple[str, ...]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from launcher.binding import Binding
 from launcher.cluster import Cluster, Node
 from launcher.cpuset import CpuSet, union
-from launcher.errors import UserError
+from launcher.errors import HostError, UserError
 from launcher.topology import Topology
 
 T = TypeVar("T")
 Per = Literal["numa_node", "socket"]
+SMALLEST: Final = 2
+"""A NUMA node with less than this part (a half) of the largest one's cores gets a rank only where that is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,13 +108,29 @@ def bindings(node: Node, policy: Policy) -> list[Binding]:
     groups = usable_cores(node, policy)
     if policy.per == "socket":  # a NUMA node, or a machine that tells of none, can span sockets
         groups = [part for group in groups for part in _sockets_of(group)]
+    groups = roomy(node, policy, groups)
     budget = budget_of(node.facts.topology, groups, policy)
     count, seats = _count(node, policy, groups, budget)
     # A worker without a core of its own, or a rank without one to compute on, is no placement.
     if not groups or count * (1 + policy.comm_cores) > budget:
-        raise UserError(_too_many(node, policy, count, budget))
-    parts = _trim(_divide(groups, count, policy.per), budget, _most_cores(policy))
+        raise HostError(_too_many(node, policy, count, budget), (node.host,))
+    least = 1 + policy.comm_cores if policy.by_slots else 1  # one for each of them is no other number of ranks
+    parts = _trim(_divide(groups, count, policy.per, least), budget, _most_cores(policy))
     return [_binding(node, policy, parts[seat]) for seat in seats]
+
+
+def roomy(node: Node, policy: Policy, groups: list[list[UsableCore]]) -> list[list[UsableCore]]:
+    """Groups that ranks are given where nobody said how many: one that is far smaller would hold back all the others.
+
+    Ranks are equal, so each of two on 1 and 7 cores would get hardly more than one.
+    """
+    if not groups or policy.nproc_per_node is not None or not policy.by_slots or node.entry.slots is not None:
+        return groups
+    units = [group[0].socket if policy.per == "socket" else number for number, group in enumerate(groups)]
+    sizes = Counter(unit for unit, group in zip(units, groups, strict=True) for _ in group)
+    least = max(1 + policy.comm_cores, math.ceil(max(sizes.values()) / SMALLEST))
+    kept = [group for unit, group in zip(units, groups, strict=True) if sizes[unit] >= least]
+    return kept if 2 * sum(map(len, kept)) >= sizes.total() else groups  # many small ones are no exception
 
 
 def budget_of(topology: Topology, groups: Sequence[Sequence[UsableCore]], policy: Policy) -> int:
@@ -150,7 +168,7 @@ def _chosen_cpus(node: Node, policy: Policy) -> CpuSet:
 def _picked(place: str, what: str, node: Node, wanted: CpuSet, known: dict[int, CpuSet]) -> CpuSet:
     if missing := wanted - CpuSet.of(known):
         has = CpuSet.of(known)
-        raise UserError(f'{place}: {node.host} has no such {what}: "{missing}"; it has "{has}"')
+        raise HostError(f'{place}: {node.host} has no such {what}: "{missing}"; it has "{has}"', (node.host,))
     return union(known[number] for number in wanted)
 
 
@@ -189,17 +207,22 @@ def _too_many(node: Node, policy: Policy, count: int, budget: int) -> str:
     )
 
 
-def _divide(groups: list[list[UsableCore]], count: int, per: Per) -> list[list[UsableCore]]:
-    """Disjoint cores for each of ``count`` ranks; no rank straddles NUMA nodes where that can be had."""
-    sockets = _by_socket(groups)
+def _divide(groups: list[list[UsableCore]], count: int, per: Per, least: int) -> list[list[UsableCore]]:
+    """Disjoint cores for each rank, ``least`` or more; no rank straddles NUMA nodes where that can be had."""
+    ways = list(_ways(groups, count, per, least))
+    return next((parts for parts in ways if min(map(len, parts)) >= least), ways[-1])
+
+
+def _ways(groups: list[list[UsableCore]], count: int, per: Per, least: int) -> Iterator[list[list[UsableCore]]]:
+    """What can be cut into ``count`` parts, the best first."""
     if count >= len(groups):
-        shares = _shares([len(g) for g in groups], count)
-        return [part for g, n in zip(groups, shares, strict=True) if n for part in _chunks(g, n)]
-    if per == "socket" and count == len(sockets):
-        return [_interleave(part) for part in sockets]
-    if len(groups) % count == 0:
-        return [_interleave(part) for part in _chunks(groups, count)]
-    return _chunks([core for group in groups for core in group], count)
+        shares = _shares([len(g) for g in groups], count, least)
+        yield [part for g, n in zip(groups, shares, strict=True) if n for part in _chunks(g, n)]
+    elif per == "socket" and count == len(sockets := _by_socket(groups)):
+        yield [_interleave(part) for part in sockets]
+    elif len(groups) % count == 0:
+        yield [_interleave(part) for part in _chunks(groups, count)]
+    yield _chunks([core for group in groups for core in group], count)
 
 
 def _sockets_of(group: list[UsableCore]) -> list[list[UsableCore]]:
@@ -216,10 +239,10 @@ def _by_socket(groups: list[list[UsableCore]]) -> list[list[list[UsableCore]]]:
     return list(found.values())
 
 
-def _shares(sizes: list[int], count: int) -> list[int]:
+def _shares(sizes: list[int], count: int, least: int) -> list[int]:
     """Ranks per NUMA node: equal where every node has the cores for it, else where most cores are left a rank."""
     equal, rest = divmod(count, len(sizes))
-    if rest == 0 and min(sizes) >= equal:
+    if rest == 0 and min(sizes) >= equal * least:
         return [equal] * len(sizes)
     shares = [0] * len(sizes)
     for _ in range(count):
@@ -258,9 +281,11 @@ def _binding(node: Node, policy: Policy, cores: list[UsableCore]) -> Binding:
     at = len(cores) - policy.comm_cores
     wanted = policy.ncores_per_rank
     if at < 1 or (wanted is not None and at < wanted):
-        raise UserError(
-            f"--ncores-per-rank: {node.host} has {max(at, 0)} cores for a rank's computing"
-            f'{" beside its communication" if policy.comm_cores else ""}: "{wanted or 1}"; use fewer ranks or cores'
+        flag, asked = ("--ccl-worker-count", policy.comm_cores) if wanted is None else ("--ncores-per-rank", wanted)
+        raise HostError(
+            f"{flag}: {node.host} has {max(at, 0)} cores for a rank's computing"
+            f'{" beside its communication" if policy.comm_cores else ""}: "{asked}"; use fewer ranks or cores',
+            (node.host,),
         )
     cpus = CpuSet.of(cpu for c in cores[:at] for cpu in (c.cpus if policy.use_logical_cores else (c.cpu,)))
     near = CpuSet.of(core.numa_node for core in cores)

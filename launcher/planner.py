@@ -12,7 +12,7 @@ from launcher.binding import Binding
 from launcher.cluster import Cluster, Node
 from launcher.config import LaunchConfig
 from launcher.cpuset import CpuSet, union
-from launcher.errors import UserError
+from launcher.errors import HostError
 from launcher.network import NOT_PROBED
 from launcher.placement import PlacedRank, Placement
 from launcher.plan import (
@@ -165,9 +165,10 @@ class _Builder:
             spares = self.config.program is None and self.config.train.strategy == "full-lowmem"
             return environment.GLIBC_SPARING if spares else environment.GLIBC_TUNED
         if name not in node.facts.allocators:
-            raise UserError(
+            raise HostError(
                 f'--memory-allocator: {node.host} has no library of it: "{name}"; install it (Debian: '
-                "libtcmalloc-minimal4, libjemalloc2), or leave the flag out"
+                "libtcmalloc-minimal4, libjemalloc2), or leave the flag out",
+                (node.host,),
             )
         return {"LD_PRELOAD": node.facts.allocators[name]}
 

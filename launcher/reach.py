@@ -56,8 +56,10 @@ def reach(settings: LaunchSettings, environ: Mapping[str, str]) -> Reach:
     Raises:
         UserError: a hostfile is missing or cannot be understood, names what is not of the job, or nothing is left.
     """
-    named, allocation = _named(settings), slurm.allocation(environ)
-    by_srun = allocation is not None and not (named and slurm.is_here_only(named))
+    named = _named(settings)
+    here_only = named is not None and slurm.is_here_only(named)
+    allocation = _job(environ, needed=not here_only)
+    by_srun = allocation is not None and not here_only
     if allocation is None or not by_srun:
         hosts = named or this_machine()
     else:
@@ -71,6 +73,15 @@ def reach(settings: LaunchSettings, environ: Mapping[str, str]) -> Reach:
         min_nodes=settings.min_nodes,
     )
     return Reach(hosts=chosen, allocation=allocation, by_srun=by_srun)
+
+
+def _job(environ: Mapping[str, str], *, needed: bool) -> Allocation | None:
+    try:
+        return slurm.allocation(environ)
+    except UserError:
+        if needed:
+            raise
+        return None  # a run on this machine alone takes nothing of it
 
 
 def _named(settings: LaunchSettings) -> Hostfile | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,9 +106,26 @@ class Record:
     def is_echo(self, rank: int) -> bool:
         """Whether the last words of a rank are of a peer or a connection that is gone."""
         heard = self._heard[rank]
-        return heard.ended.signal is None and any(sign in line for line in heard.stderr_tail for sign in PEER_IS_GONE)
+        return heard.ended.signal is None and _is_of_a_peer(heard.stderr_tail)
 
-    def report(self, cause: Cause | None, now_s: float, *, interrupted: bool = False) -> RunReport:
+    def prepared(self, node_rank: int, ended: Ended, tail: tuple[str, ...]) -> bool:
+        """A node's preparation has ended; whether badly, and only because node 0, which all others need, is gone."""
+        echo = bool(node_rank and ended.exit_code) and _is_of_a_peer(tail)
+        if ended.exit_code and (not self.prepare_tail or _is_of_a_peer(self.prepare_tail)):
+            self.prepare_tail = tail
+        return echo
+
+    def main_told(self, told: Mapping[str, Any], now_s: float) -> None:
+        """Rank 0 has told something of the whole run."""
+        match told:
+            case {"event": "phase", "name": str(name)}:
+                self.enter(name, now_s)
+            case {"event": "summary", "lines": list(lines)}:
+                self.summary = tuple(map(str, lines))
+
+    def report(
+        self, cause: Cause | None, now_s: float, *, interrupted: bool = False, asked_to_yield: bool = False
+    ) -> RunReport:
         """The report as of now."""
         site = self._plan.site
         return RunReport(
@@ -119,6 +136,7 @@ class Record:
             exit_code=cause.exit_code if cause else 0,
             cause=cause,
             interrupted=interrupted,
+            asked_to_yield=asked_to_yield,
             ranks=tuple(self._outcome(node.host, rank) for node in self._plan.nodes for rank in node.ranks),
             timings_s=self._timings(now_s),
             notes=tuple(self._notes),
@@ -157,3 +175,7 @@ class Record:
             rss_bytes=heard.rss_bytes,
             last_step=heard.last_step,
         )
+
+
+def _is_of_a_peer(tail: Sequence[str]) -> bool:
+    return any(sign in line for line in tail for sign in PEER_IS_GONE)

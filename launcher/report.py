@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from falcon_dist.contract import RankResult
+from falcon_dist.contract import NOT_RETRIED, RankResult
 from launcher.events import Cause
 
 Outcome = Literal["ok", "failed", "interrupted", "stopped"]
@@ -100,6 +100,10 @@ class RunReport:
     """Seconds of a usual step; None: not known."""
     interrupted: bool = False
     """A signal asked the launcher to end, be it after the first failure."""
+    asked_to_yield: bool = False
+    """A signal asked it to make way, whatever came of that."""
+    lost_a_host: bool = False
+    """The last attempt that ran lost one, and no further attempt came about."""
     attempts: tuple[AttemptLine, ...] = ()
     ledger_s: Mapping[str, float] = field(default_factory=dict)
     """Where the time of all attempts went."""
@@ -127,9 +131,11 @@ class RunReport:
 
     @property
     def wants_requeue(self) -> bool:
-        """Whether Slurm should start the job again: it made way, or lost a node, of which Slurm hears only later."""
-        lost = self.cause is not None and self.cause.kind == "lost"
-        return (self.outcome == "stopped" or lost) and not self.interrupted
+        """Whether Slurm should start the job again: it was to make way, or lost a node, of which Slurm hears later."""
+        if self.cause is None or self.interrupted or self.cause.kind == "interrupt":
+            return False
+        asked = self.asked_to_yield and self.cause.exit_code not in NOT_RETRIED
+        return self.cause.kind in ("yield", "lost") or self.lost_a_host or asked
 
     @property
     def failed_rank(self) -> RankOutcome | None:

@@ -43,6 +43,8 @@ class Past:
     out_of_memory: bool = False
     interrupted: bool = False
     """The launcher was asked to end, be it after the first failure."""
+    asked_to_yield: bool = False
+    """It was asked to make way, be it after the first failure or before it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +85,7 @@ def after(past: Sequence[Past], policy: Policy) -> Stop | Again:
 
 
 def _refusal(last: Past, cause: Cause) -> str | None:
-    """Why the very same start would end the same way, or None."""
+    """Why the very same start would end the same way, or is not for this launcher to make; or None."""
     if last.out_of_memory:
         return "it would run out of memory again; lower loop.micro_batch or data.max_length, or use more hosts"
     if cause.kind == "binding":
@@ -94,7 +96,7 @@ def _refusal(last: Past, cause: Cause) -> str | None:
         return "its numbers cannot be trusted"
     if cause.kind == "rank" and cause.exit_code == 128 + SIGILL:
         return "the processor lacks an instruction that the program uses"
-    return None
+    return "it was asked to make way" if last.asked_to_yield else None
 
 
 def _restarts_in_vain(past: Sequence[Past]) -> int:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Final
 
 from falcon_dist.contract import STACKS_FILE
-from launcher import bind, mirror, render, supervise
+from launcher import bind, render, supervise
 from launcher.console import Console
 from launcher.discover import Agents
 from launcher.errors import LaunchError
@@ -38,6 +38,7 @@ from launcher.events import (
     TimeUp,
 )
 from launcher.interrupts import meaning, stopping_signals
+from launcher.mirror import Mirror
 from launcher.patience import Patience
 from launcher.plan import LaunchPlan
 from launcher.record import Record
@@ -47,6 +48,8 @@ from launcher.straggler import Paces
 from launcher.watch import Watch
 from launcher.wire import BEAT_S, SILENCE_S
 
+ALONE: Final = "the host, its link or its agent is dead"
+"""Said of one host that falls silent while others do not."""
 CLOSE_S: Final = 2.0
 """How long the way to an agent that has ended may take to close."""
 
@@ -63,6 +66,7 @@ class Run:
         self._living = dict(self._channels)
         self._console = console
         self._record = record
+        self._mirror = Mirror(record)
         self._deadline: float | None = None
         self._beat_at = 0.0
         self._flushing: set[int] = set()
@@ -91,7 +95,9 @@ class Run:
         self._selector.close()
         self._console.end_progress()
         self._record.step_s = self._watch.median_s
-        return self._record.report(self._state.cause, time.monotonic(), interrupted=self._state.interrupted)
+        state, now = self._state, time.monotonic()
+        asked = {"interrupted": state.interrupted, "asked_to_yield": state.asked_to_yield}
+        return self._record.report(state.cause, now, **asked)
 
     def _turn(self) -> None:
         self._beat()
@@ -123,10 +129,11 @@ class Run:
 
     def _look_for_silence(self) -> None:
         now = time.monotonic()
-        for node_rank, channel in list(self._living.items()):
-            if now - channel.heard_at > SILENCE_S:
-                text = f"{channel.host}: nothing heard for {SILENCE_S:g} s: the host, its link or its agent is dead"
-                self._lose(node_rank, text, patience_s=0.0)
+        quiet = [(n, c) for n, c in self._living.items() if now - c.heard_at > SILENCE_S / 2]
+        text = f"{', '.join(channel.host for _, channel in quiet)}: nothing heard for {SILENCE_S:g} s: "
+        text += "what they share, a disk or a network, may stand still" if quiet[1:] else ALONE
+        for node_rank in [n for n, channel in quiet if now - channel.heard_at > SILENCE_S]:
+            self._lose(node_rank, text, patience_s=0.0, blamed=len(quiet) == 1)
 
     def _listen(self, fd: int, callback: Callable[[], None]) -> None:
         self._selector.register(fd, selectors.EVENT_READ, callback)
@@ -187,13 +194,13 @@ class Run:
         if channel.ended:
             self._lose(node_rank, f"{channel.host}: the agent is gone", patience_s=CLOSE_S)
 
-    def _lose(self, node_rank: int, text: str, *, patience_s: float) -> None:
+    def _lose(self, node_rank: int, text: str, *, patience_s: float, blamed: bool = True) -> None:
         channel = self._living.pop(node_rank)
         self._selector.unregister(channel.fileno())
         self._watch_outboxes()
         code = channel.close(patience_s)
         told = f": {channel.how_ended(code)}" if patience_s else ""
-        self._happened(Lost(node_rank=node_rank, text=text + told))
+        self._happened(Lost(node_rank=node_rank, text=text + told, blamed=blamed))
 
     def _on_event(self, node_rank: int, event: dict[str, Any]) -> None:
         match event:
@@ -208,7 +215,7 @@ class Run:
             case {"event": "prepared", "code": code, "signal": number}:
                 self._on_prepared(node_rank, Ended(code=code, signal=number), tuple(event.get("tail", ())))
             case {"event": "apart"}:
-                self._record.apart.add(node_rank)
+                self._mirror.told_apart(self._plan.nodes[node_rank])
             case {"event": "stacks", "ranks": list(ranks)}:
                 self._on_stacks(node_rank, ranks)
             case _:
@@ -230,25 +237,23 @@ class Run:
         self._console.say(f"note: {text}")
 
     def _on_output(self, node_rank: int, task: str, rank: int | None, stream: str, lines: list[str]) -> None:
-        if node_rank in self._record.apart and task == "rank" and rank is not None:
-            mirror.append(self._record.plan_of(rank).rank_dir, stream, lines)
+        if task == "rank" and rank is not None:
+            self._mirror.append(node_rank, rank, stream, lines)
         if rank is None and node_rank and stream == "stderr":
             return  # told once more if it fails
         for line in lines:
             self._console.say(render.output_line(rank, line))
 
     def _on_exit(self, node_rank: int, rank: int, event: dict[str, Any]) -> None:
-        if node_rank in self._record.apart:
-            mirror.keep(self._record.plan_of(rank).rank_dir, event["files"])
+        self._mirror.keep(node_rank, rank, event["files"])
         self._watch.ended(rank)
         ended = self._record.exited(rank, event)
         self._happened(Exited(rank=rank, ended=ended, echo=self._record.is_echo(rank)))
 
     def _on_prepared(self, node_rank: int, ended: Ended, tail: tuple[str, ...]) -> None:
-        if ended.exit_code and not self._record.prepare_tail:
-            self._record.prepare_tail = tail
+        echo = self._record.prepared(node_rank, ended, tail)
         where = self._channels[node_rank].host if len(self._channels) > 1 else ""
-        self._happened(Prepared(node_rank=node_rank, ended=ended, text=where))
+        self._happened(Prepared(node_rank=node_rank, ended=ended, text=where, echo=echo))
 
     def _on_stacks(self, node_rank: int, ranks: list[dict[str, str]]) -> None:
         host = self._channels[node_rank].host
@@ -256,8 +261,7 @@ class Run:
             rank = int(told["rank"])
             step = self._record.last_step_of(rank)
             self._stands[rank] = Stand(rank=rank, host=host, last_step=step, state=told["state"], stacks=told["stacks"])
-            if node_rank in self._record.apart and told["stacks"]:
-                mirror.keep(self._record.plan_of(rank).rank_dir, {STACKS_FILE: told["stacks"]})
+            self._mirror.keep(node_rank, rank, {STACKS_FILE: told["stacks"]} if told["stacks"] else {})
         if self._state.alive <= set(self._stands):
             self._happened(accuse(self._stands))
 
@@ -281,18 +285,8 @@ class Run:
                 if data.get("emergency"):
                     self._happened(Saved(rank=rank))
         if rank == 0:
-            self._on_main_event(data)
-
-    def _on_main_event(self, data: dict[str, Any]) -> None:
-        match data:
-            case {"event": "phase", "name": str(name)}:
-                self._record.enter(name, time.monotonic())
-            case {"event": "line", "text": text}:
-                self._console.say(str(text))
-            case {"event": "step", "step": int()}:
-                self._console.step(data)
-            case {"event": "summary", "lines": list(lines)}:
-                self._record.summary = tuple(map(str, lines))
+            self._record.main_told(data, time.monotonic())
+            self._console.main_told(data)
 
     def _check(self, rank: int, difference: str | None) -> None:
         if difference is not None:

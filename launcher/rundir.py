@@ -19,9 +19,11 @@ def settle(plan: NodePlan) -> bool:
     Raises:
         OSError: they cannot be written.
     """
+    for folder in {Path(name).parent for name in plan.files}:
+        # First: over NFS a host can remember that a folder was not there; making it asks the server again.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     missing = [(Path(name), text) for name, text in plan.files.items() if not _has(Path(name), text)]
     for path, text in missing:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         partial.write_text(text)
         partial.chmod(0o600)

@@ -11,7 +11,7 @@ from falcon_dist.contract import EXIT_FAILED
 from launcher import ledger, render, retry
 from launcher.config import LaunchConfig
 from launcher.console import Console
-from launcher.errors import Interruption, LaunchError
+from launcher.errors import HostError, Interruption, LaunchError
 from launcher.events import Cause
 from launcher.hostfile import Hostfile
 from launcher.interrupts import cause_of, interruptible
@@ -60,7 +60,7 @@ class Series:
             try:
                 report = self._attempt(self._config, self._hosts)
                 self._take(report, began)
-            except LaunchError as fault:
+            except (LaunchError, HostError) as fault:
                 self._could_not_start(fault)
             match retry.after(self._past, self._policy):
                 case Again() as again:
@@ -97,7 +97,9 @@ class Series:
             launch=dataclasses.replace(self._config.launch, run_id=report.run_id),
         )
 
-    def _could_not_start(self, fault: LaunchError) -> None:
+    def _could_not_start(self, fault: LaunchError | HostError) -> None:
+        if isinstance(fault, HostError) and not self._entries:  # nothing says that it ever was otherwise
+            raise fault
         if not self._policy.max_restarts or (not self._entries and len(self._past) >= self._policy.max_restarts):
             raise fault
         self._console.complain(str(fault))
@@ -125,7 +127,10 @@ class Series:
             self._console.complain(why)
         last = self._entries[-1].report
         if self._past[-1].cause is not None and self._past[-1].cause.kind == "start":
-            last = dataclasses.replace(last, outcome="failed", exit_code=EXIT_FAILED, cause=self._past[-1].cause)
+            lost = last.cause is not None and last.cause.kind == "lost"
+            last = dataclasses.replace(
+                last, outcome="failed", exit_code=EXIT_FAILED, cause=self._past[-1].cause, lost_a_host=lost
+            )
         return dataclasses.replace(
             last,
             attempts=ledger.lines(self._entries),
@@ -164,4 +169,5 @@ def past_of(report: RunReport, hosts: Hostfile, checkpoint_step: int) -> Past:
         checkpoint_step=checkpoint_step,
         out_of_memory=rank is not None and rank.oom_kills > 0,
         interrupted=report.interrupted,
+        asked_to_yield=report.asked_to_yield,
     )

@@ -15,6 +15,7 @@ from launcher.hostfile import LOCAL, HostEntry, Hostfile, parse_list
 
 JOB: Final = "SLURM_JOB_ID"
 NODELIST: Final = "SLURM_JOB_NODELIST"
+STEP: Final = "SLURM_STEP_ID"
 SRUN: Final = (
     "srun",
     "--kill-on-bad-exit=1",
@@ -87,22 +88,29 @@ def allocation(environ: Mapping[str, str]) -> Allocation | None:
         return None
     if "SLURM_HET_SIZE" in environ:
         raise UserError(
-            f'SLURM_HET_SIZE: a heterogeneous job: "{environ["SLURM_HET_SIZE"]}"; ask for nodes of one kind, or start '
-            "in one of its parts with --hosts"
+            f'SLURM_HET_SIZE: a heterogeneous job: "{environ["SLURM_HET_SIZE"]}"; ask for nodes of one kind, or give '
+            "--hosts localhost for this machine alone"
         )
     names = [entry.host for entry in parse_list(environ[NODELIST], NODELIST).entries]
     cpus = _per_node("SLURM_JOB_CPUS_PER_NODE", environ, len(names))
-    asked = "SLURM_NTASKS" in environ or "SLURM_NTASKS_PER_NODE" in environ
-    tasks = _per_node("SLURM_TASKS_PER_NODE", environ, len(names)) if asked else [None] * len(names)
+    tasks = _tasks(environ, len(names))
     nodes = [AllottedNode(host=h, cpus=c, tasks=t) for h, c, t in zip(names, cpus, tasks, strict=True)]
     restarts = _number("SLURM_RESTART_COUNT", environ, 0)
     return Allocation(job=job, nodes=tuple(nodes), here=environ.get("SLURMD_NODENAME"), restarts=restarts)
 
 
+def _tasks(environ: Mapping[str, str], count: int) -> list[int | None]:
+    """How many tasks the job asked to have on each node. Where srun started us it speaks of its own step instead."""
+    name, text = "SLURM_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE")
+    asked = "SLURM_NTASKS" in environ or "SLURM_NTASKS_PER_NODE" in environ
+    of_step = STEP in environ and text is not None and len(_numbers(name, text)) != count
+    return _per_node(name, environ, count) if asked and not of_step else [None] * count
+
+
 def check_alone(environ: Mapping[str, str]) -> None:
     """Raises UserError where srun started this process many times: each would be a launcher of all nodes."""
     tasks = _number("SLURM_STEP_NUM_TASKS", environ, 1)
-    if "SLURM_STEP_ID" in environ and tasks > 1:
+    if STEP in environ and tasks > 1:
         raise UserError(
             f'SLURM_STEP_NUM_TASKS: srun starts this launcher {tasks} times: "{tasks}"; start falcon-launch once, in '
             "the job script itself: it starts one agent on each node"
@@ -178,15 +186,19 @@ def _per_node(name: str, environ: Mapping[str, str], count: int) -> list[int | N
     text = environ.get(name)
     if text is None:
         return [None] * count
-    parts = [_REPEATED.fullmatch(part) for part in text.split(",")]
-    if not all(parts):
-        raise UserError(f'{name}: not a list of numbers as 4(x2),2: "{text}"')
-    numbers: list[int | None] = []
-    for part in parts:
-        assert part is not None
-        numbers += [int(part[1])] * int(part[2] or 1)
+    numbers = _numbers(name, text)
     if len(numbers) != count:
         raise UserError(f'{name}: for {len(numbers)} nodes, but {NODELIST} has {count}: "{text}"')
+    return [*numbers]
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = _REPEATED.fullmatch(part)
+        if found is None:
+            raise UserError(f'{name}: not a list of numbers as 4(x2),2: "{text}"')
+        numbers += [int(found[1])] * int(found[2] or 1)
     return numbers
 
 

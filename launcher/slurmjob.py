@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
+from falcon_dist.config import parse_value
 from launcher.config import LaunchConfig
 from launcher.errors import UserError
-from launcher.redaction import is_secret
+from launcher.redaction import redact_value
 
 RUN_ID: Final = "slurm-$SLURM_JOB_ID"
 _OPTION: Final = re.compile(r"[a-z][a-z0-9-]*(=[^\n]*)?")
@@ -41,13 +43,18 @@ def render(config: LaunchConfig, launcher: str, words: Sequence[str], program: S
         UserError: hosts are named, which Slurm chooses, or a word would put a secret into the script.
     """
     _check(config)
+    _check_secrets(words, program, config.slurm.options)
     resumed = "--resume" in words or any(word.startswith("--resume=") for word in words)
     again = [] if resumed else ["--resume", "auto"]
     named = "" if resumed or config.launch.run_id else f' --run-id "{RUN_ID}"'
-    command = shlex.join([launcher, *words, *again]) + named + "".join(f" {shlex.quote(word)}" for word in program)
+    left_out = [word for key in config.left_out for word in ("--set", f"{key}=none")]
+    command = (
+        shlex.join([launcher, *words, *left_out, *again]) + named + "".join(f" {shlex.quote(word)}" for word in program)
+    )
     options = "\n".join(f"#SBATCH --{option}" for option in _options(config))
     text = SCRIPT.format(options=options, signal_s=config.slurm.signal_s, command=command)
-    return JobScript(text=text, notes=config.notes)
+    told = (f"Slurm chooses the hosts: {', '.join(config.left_out)} of the run is left out",) if left_out else ()
+    return JobScript(text=text, notes=(*config.notes, *told))
 
 
 def _options(config: LaunchConfig) -> list[str]:
@@ -74,10 +81,8 @@ def _check(config: LaunchConfig) -> None:
     for flag, value in (("--hostfile", launch.hostfile), ("--hosts", launch.hosts)):
         if value is not None:
             raise UserError(f'{flag}: not beside --slurm, where Slurm chooses the nodes: "{value}"; use --nnodes')
-    for item in launch.env:
-        name, equals, _ = item.partition("=")
-        if equals and is_secret(name):
-            raise UserError(f'--env: a job script is no place for a secret: "{name}"; use --env {name}')
+    if launch.min_nodes is not None and launch.nnodes is None:
+        raise UserError(f'--min-nodes: of how many a job is to have: "{launch.min_nodes}"; add --nnodes N')
     if slurm.signal_s <= launch.stop_grace_s:
         raise UserError(
             f'slurm.signal_s: no longer than launch.stop_grace_s, in which ranks save: "{slurm.signal_s}"; '
@@ -86,3 +91,28 @@ def _check(config: LaunchConfig) -> None:
     for option in slurm.options:
         if not _OPTION.fullmatch(option) or option.partition("=")[0] in _OURS:
             raise UserError(f'--sbatch: not an option that can be given so: "{option}"; form: NAME=VALUE without "--"')
+
+
+def _check_secrets(words: Sequence[str], program: Sequence[str], options: Sequence[str]) -> None:
+    """Of what stands in the script: variables by their names, and logins in addresses anywhere."""
+    exported = [part for option in options if option.startswith("export=") for part in option[7:].split(",")]
+    for item in (*_variables(words), *exported):
+        name, _, value = item.partition("=")
+        if value and redact_value(name, value) != value:
+            raise UserError(f'--env: a job script is no place for a secret: "{name}"; use --env {name}')
+    for word in (*words, *program, *options):
+        if (shown := redact_value("", word)) != word:
+            raise UserError(f'arguments: a job script is no place for a login: "{shown}"; give it by a variable, --env')
+
+
+def _variables(words: Sequence[str]) -> Iterator[str]:
+    """Every NAME=VALUE that is meant for the ranks."""
+    for before, word in pairwise(("", *words)):
+        flag, _, text = word.partition("=")
+        flag, text = (before, word) if before in ("--env", "--set") else (flag, text)
+        key, _, value = text.partition("=")
+        if flag == "--env":
+            yield text
+        elif (flag, key) == ("--set", "launch.env"):
+            given = parse_value(value)
+            yield from (str(item) for item in given) if isinstance(given, list) else (str(given),)

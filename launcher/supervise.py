@@ -84,6 +84,8 @@ class RunState:
     cause: Cause | None = None
     interrupted: bool = False
     """A signal asked the launcher to end, be it after the first cause."""
+    asked_to_yield: bool = False
+    """A signal asked it to make way, be it after the first cause or before what became of it."""
 
 
 def begin(nodes_of: tuple[int, ...], patience: Patience | None = None) -> RunState:
@@ -155,14 +157,15 @@ def _cause(state: RunState, event: Exited | Mismatched | Faulted | Lost) -> Caus
         case Faulted(node_rank=node, text=text):
             return Cause(kind="agent", node_rank=node, exit_code=EXIT_FAILED, text=text)
         case Lost(node_rank=node, text=text):
-            return Cause(kind="lost", node_rank=node, exit_code=EXIT_FAILED, text=text)
+            return Cause(kind="lost", node_rank=node if event.blamed else None, exit_code=EXIT_FAILED, text=text)
 
 
 def _prepared(state: RunState, event: Prepared) -> Decision:
     node, code = event.node_rank, event.ended.exit_code
     state = dataclasses.replace(state, preparing=state.preparing - {node})
     if code:
-        return _settle(state, Cause(kind="prepare", node_rank=node, exit_code=code, text=event.text))
+        cause = Cause(kind="prepare", node_rank=node, exit_code=code, text=event.text, echo=event.echo)
+        return _settle(state, cause)
     if state.phase == "preparing" and not state.preparing:
         return dataclasses.replace(state, phase="running", alive=frozenset(range(len(state.nodes_of)))), (StartRanks(),)
     return _settle(state, None)
@@ -185,7 +188,7 @@ def _settle(state: RunState, cause: Cause | None) -> Decision:
 
 
 def _is_behind(state: RunState, cause: Cause) -> bool:
-    """Whether it is what the first cause was only the echo of: peers of a dead rank may be heard before its agent."""
+    """Whether it is what the first cause was only the echo of: peers of what died may be heard before its agent."""
     echo = state.cause is not None and state.cause.echo and state.phase in ("saving", "stopping")
     ours = cause.exit_code == 128 + SIGTERM  # what ranks die of when they are told to stop
     return echo and not cause.echo and not ours
@@ -223,6 +226,7 @@ def _stalled(state: RunState, text: str) -> Decision:
 
 def _make_way(state: RunState) -> Decision:
     """Ranks that can be asked end after their step; others get the signal that programs expect, and as much time."""
+    state = dataclasses.replace(state, asked_to_yield=True)
     if state.phase not in ("preparing", "running"):
         return state, ()
     cause = Cause(kind="yield", exit_code=EXIT_STOPPED, text="asked to make way")

@@ -17,7 +17,9 @@ ISA: Final = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 def take(cwd: str, script: str | None, run_dir: str) -> dict[str, Any]:
     """This host's answers: whether the program is here and the same, and whether there is room for a run."""
-    place = _nearest(Path(run_dir))
+    folder = Path(run_dir)
+    exists = _is_listed(folder)
+    place = folder if exists else _nearest(folder.parent)
     return {
         "code": own_code(),
         "cwd": Path(cwd).is_dir(),
@@ -27,7 +29,7 @@ def take(cwd: str, script: str | None, run_dir: str) -> dict[str, Any]:
         "disk_bytes": _free_bytes(place),
         "writable": os.access(place, os.W_OK | os.X_OK),
         "place": str(place),
-        "checkpoints": sum(path.is_dir() for path in Path(run_dir, "checkpoints").glob("step-*")),
+        "checkpoints": sum(path.is_dir() for path in folder.glob("checkpoints/step-*")) if exists else 0,
     }
 
 
@@ -60,6 +62,16 @@ def _digest(path: Path) -> str | None:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     except OSError:
         return None
+
+
+def _is_listed(folder: Path) -> bool:
+    """Whether a folder is there, without asking for it by its name: over NFS the answer no would be remembered."""
+    try:
+        return folder in folder.parent.iterdir()
+    except FileNotFoundError:
+        return False
+    except OSError:  # one that may be entered but not listed
+        return folder.exists()
 
 
 def _nearest(path: Path) -> Path:

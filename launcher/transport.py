@@ -90,6 +90,8 @@ class Channel:
         """Signal that killed the agent, as the process beside it told."""
         self._process = process
         self._errors = errors
+        """What the way to the agent complains of; this channel's own descriptor."""
+        self._said = b""
         self._output = process.stdout
         self._lines = Lines(process.stdout.fileno())
         self.outbox = Outbox(process.stdin.fileno())
@@ -144,11 +146,15 @@ class Channel:
             self._process.kill()
         code = self._process.wait()
         self._output.close()
+        if self._errors is not None:
+            self._said = _tail(self._errors)
+            os.close(self._errors)
+            self._errors = None
         return code if ended else None
 
     def last_words(self) -> str:
         """What the way to the agent said besides events: ssh's complaint, a login's banner; may be empty."""
-        said = b"" if self._errors is None else _tail(self._errors)
+        said = self._said if self._errors is None else _tail(self._errors)
         lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
         return (lines or list(self._noise) or [""])[-1]
 

@@ -32,7 +32,7 @@ def within(allocation: Allocation) -> Transport:
         hosts = [entry.host for entry in entries]
         trunk = Trunk(hosts, slurm.srun_words(hosts, allocation))
         for host, branch in trunk.branches.items():
-            yield Channel(host, branch, trunk.errors)
+            yield Channel(host, branch, branch.errors)
 
     return start
 
@@ -46,6 +46,8 @@ class Branch:
         self.stdout, self._events = os.fdopen(events[0], "rb", buffering=0), os.fdopen(events[1], "wb")
         self.over = threading.Event()
         """The task has ended, or nothing more is expected of it."""
+        self.errors = os.dup(trunk.errors)
+        """What srun complains of, for the channel to close."""
         self._code = UNKNOWN
         self._trunk = trunk
 
@@ -144,6 +146,7 @@ class Trunk:
                 elif said is not None:
                     self.branches[said.host].tell(said.line)
         code = self._srun.wait()
+        os.close(self.errors)
         self._alarm.cancel()
         for branch in self.branches.values():
             branch.end(code)

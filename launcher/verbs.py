@@ -126,7 +126,7 @@ def _doctor(argv: Sequence[str]) -> int:
         parser.add_argument(name, help="as falcon-launch takes it")
     parser.add_argument("--quick", action="store_true", help="without what needs torch")
     given = vars(parser.parse_args(argv))
-    run_dir, quick = str(Path(given.pop("runs_dir")).absolute()), given.pop("quick")
+    run_dir, quick = str(Path(given.pop("runs_dir")).absolute() / "any"), given.pop("quick")
     way = reach(LaunchSettings(**given), os.environ)
     with discover.agents(way.hosts, way.transport) as agents:
         found = doctor.look(agents, way.hosts, run_dir, with_torch=not quick)

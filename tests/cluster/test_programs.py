@@ -109,12 +109,14 @@ def test_a_name_that_means_loopback_is_not_used(hosts: Hosts, launch):
 
 def test_an_address_that_cannot_be(hosts: Hosts, launch):
     (hosts[0].disk / "work").mkdir(exist_ok=True)
-    for words, fault in (
-        ("addr=127.0.0.1", 'hosts:1: other hosts cannot reach a loopback address: "127.0.0.1"'),
-        ("addr=10.9.9.9", 'hosts:1: not an address of node1: "10.9.9.9"'),
-        ("ifname=ens9", 'hosts:1: not an interface of node1: "ens9"; it has eth0, lo'),
+    for first, second, fault in (
+        ("addr=127.0.0.1", "", 'hosts:1: other hosts cannot reach a loopback address: "127.0.0.1"'),
+        ("addr=10.9.9.9", "", 'hosts:1: not an address of node1: "10.9.9.9"'),
+        ("ifname=ens9", "", 'hosts:1: not an interface of node1: "ens9"; it has eth0, lo'),
+        ("", "addr=10.9.9.9", 'hosts:2: not an address of node2: "10.9.9.9"'),
+        ("", "ifname=ens9", 'hosts:2: not an interface of node2: "ens9"; it has eth0, lo'),
     ):
-        (hosts[0].disk / "work/hosts").write_text(f"node1 {words}\nnode2\n")
+        (hosts[0].disk / "work/hosts").write_text(f"node1 {first}\nnode2 {second}\n")
         done = launch(TELL, "--hostfile", "hosts", "--", "program.py")
         assert (done.returncode, fault in done.stderr) == (2, True), done.stderr
 

@@ -111,15 +111,18 @@ def test_ranks_deaf_to_a_signal_are_killed_after_the_grace(tmp_path):
     assert run.end(timeout=7)[0] == 143
 
 
-def test_a_run_that_fails_and_is_then_interrupted_is_not_started_again(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "why"), [(signal.SIGTERM, "it was interrupted"), (signal.SIGUSR1, "it was asked to make way")]
+)
+def test_a_run_that_fails_and_is_then_interrupted_is_not_started_again(tmp_path, number, why):
     (tmp_path / "fail.py").write_text(FAIL)
     words = [LAUNCH, "--nproc-per-node", "2", "--max-restarts", "3", "--", "fail.py", "7"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
     assert any(line.startswith("noticed: ") for line in process.stdout)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, err = process.communicate(timeout=10)
-    assert (process.returncode, err.splitlines()[-1]) == (7, "not started again: it was interrupted")
+    assert (process.returncode, err.splitlines()[-1]) == (7, f"not started again: {why}")
     assert len(list(tmp_path.glob("runs/*/attempt_*"))) == 1
 
 

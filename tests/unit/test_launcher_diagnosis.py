@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 from topologies.trees import write_tree
 
 from launcher import sysfs
 from launcher.cluster import HostFacts
+from launcher.cpuset import CpuSet
 from launcher.diagnosis import Findings, overview, problems
 
 TORCH = {
@@ -51,11 +54,17 @@ def test_hosts_in_good_health(found):
     )
 
 
+def test_a_part_of_a_busy_machine_and_the_usual_limits_are_no_problem(found):
+    part = found("a", load=3.0, open_files=1024)
+    mask = dataclasses.replace(part.facts.topology, allowed=CpuSet.parse("0-1"))
+    assert problems([dataclasses.replace(part, facts=dataclasses.replace(part.facts, topology=mask))]) == []
+
+
 @pytest.mark.parametrize(
     ("ill", "problem", "cure"),
     [
         ({"offset": -7.5}, "clock -7.5 s off", "chrony"),
-        ({"open_files": 1024}, "open files limited to 1024", "ulimit -n"),
+        ({"open_files": 512}, "open files limited to 512", "ulimit -n"),
         ({"processes": 100}, "processes limited to 100", "ulimit -u"),
         ({"shm_bytes": 64 << 20}, "shared memory (/dev/shm): 0.1 GB left", "--shm-size"),
         ({"disk_bytes": 1 << 30}, "1.1 GB of disk left at /runs", "--runs-dir"),

@@ -22,6 +22,8 @@ from launcher.placement import Policy, bindings, usable_cores
 XEON = {"sockets": 2, "cores_per_node": 28, "smt": 2}
 SNC4_HBM = {"sockets": 2, "nodes_per_socket": 4, "cores_per_node": 14, "smt": 2}
 
+UNEVEN = {"sockets": 2, "cores_per_node": [1, 7]}
+
 MACHINES = {
     # name: (tree, policy, [(cpus, comm cpus, memory nodes) of each rank])
     "one socket, no SMT": ({}, {}, [("0-2", "3", "0")]),
@@ -82,6 +84,19 @@ MACHINES = {
         {},
         [("0-2", "3", "0"), ("6-7", "8", "1")],
     ),
+    "a NUMA node of one core": (UNEVEN, {}, [("1-6", "7", "1")]),
+    "a NUMA node of one core, no communication": (UNEVEN, {"comm_cores": 0}, [("1-7", "", "1")]),
+    "a NUMA node of one core that is asked for": (
+        UNEVEN,
+        {"comm_cores": 0, "by_slots": False},
+        [("0", "", "0"), ("1-2", "", "1")],
+    ),
+    "a NUMA node of one core, two ranks": (UNEVEN, {"nproc_per_node": 2}, [("1-3", "4", "1"), ("5-6", "7", "1")]),
+    "more ranks than fit the NUMA nodes": (
+        {"sockets": 2, "cores_per_node": 3},
+        {"nproc_per_node": 3},
+        [("0", "1", "0"), ("2", "3", "0-1"), ("4", "5", "1")],
+    ),
     "socket 1 only": (XEON, {"sockets": CpuSet.parse("1")}, [("28-54", "55", "1")]),
     "two NUMA nodes of eight": (
         SNC4_HBM,
@@ -138,6 +153,21 @@ def test_what_a_machine_cannot_give(policy, words, tmp_path):
     with pytest.raises(UserError) as fault:
         bindings(node, Policy(**policy))
     assert all(word in str(fault.value) for word in words), str(fault.value)
+
+
+@pytest.mark.parametrize("per", ["socket", "numa_node"])
+def test_a_fault_names_what_was_given(tmp_path, per):
+    node = only_node(sysfs.read(write_tree(tmp_path, **UNEVEN)))
+    with pytest.raises(UserError, match=r'^--ccl-worker-count: node1 has 0 cores for a rank.*: "1"'):
+        bindings(node, Policy(by_slots=False, per=per, comm_cores=1))
+
+
+def test_cores_of_a_node_too_small_for_a_rank_are_explained(tmp_path):
+    topology = sysfs.read(write_tree(tmp_path, **UNEVEN))
+    cluster = join(parse("node1", "hosts"), [facts_of(topology)], alone())
+    assert explain.unused(cluster, Policy()) == [
+        ("node1", "0", "far fewer than another NUMA node has; --nproc-per-node numa gives each a rank")
+    ]
 
 
 SLOTS = [

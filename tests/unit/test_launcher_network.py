@@ -7,7 +7,7 @@ import pytest
 from launcher import doors
 from launcher.errors import LaunchError, UserError
 from launcher.hostfile import parse
-from launcher.network import candidates, choose, unprobed
+from launcher.network import candidates, check_others, choose, unprobed
 
 TOLD = {
     "addresses": {"127.0.0.1": "lo", "172.17.0.1": "docker0", "192.168.0.5": "eth0", "10.0.0.1": "ib0", "::1": "lo"},
@@ -59,6 +59,42 @@ def test_an_address_that_cannot_be(line, fault):
     with pytest.raises(UserError) as raised:
         candidates(parse(f"{line}\nb", "h"), TOLD)
     assert str(raised.value).startswith(fault)
+
+
+OWN = {"10.0.0.2": "ib0", "192.168.0.6": "eth0"}
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("b addr=10.9.9.9", 'h:2: not an address of b: "10.9.9.9"; it has 10.0.0.2, 192.168.0.6'),
+        ("b ifname=eth9", 'h:2: not an interface of b: "eth9"; it has eth0, ib0'),
+        ("b addr=127.0.0.1", "h:2: other hosts cannot reach a loopback address"),
+        ("b addr=10.0.0.2 ifname=eth0", 'h:2: 10.0.0.2 of b is on ib0: "eth0"; give one of the two'),
+    ],
+)
+def test_other_hosts_are_held_to_the_hostfile_too(line, fault):
+    with pytest.raises(UserError) as raised:
+        check_others(parse(f"a\n{line}", "h"), [OWN])
+    assert str(raised.value).startswith(fault)
+    check_others(parse("a\nb addr=10.0.0.2 ifname=ib0\nc", "h"), [OWN, {}])
+
+
+def test_a_way_by_another_interface_than_the_hostfile_wants_is_none():
+    tried, hosts = candidates(TWO, TOLD), parse("a\nb ifname=ens5", "h")
+    ways = reached(*tried[:1]) | reached(*tried[1:], ifname="ens5")
+    assert choose(hosts, TOLD, tried, [ways]).addr == tried[1]
+    with pytest.raises(LaunchError):
+        choose(hosts, TOLD, tried, [reached(*tried)])
+
+
+def test_who_is_to_leave_by_an_interface_without_such_an_address_does_not_knock(monkeypatch):
+    called = []
+    monkeypatch.setattr(doors, "addresses", lambda: {"127.0.0.1": "lo", "fd00::9": "eth9"})
+    monkeypatch.setattr(doors, "_call", lambda *to: called.append(to))
+    for source in ("eth9", "lo"):
+        doors.knock({"127.0.0.1": 9}, "t", source)
+    assert called == [("127.0.0.1", 9, "127.0.0.1")]
 
 
 def test_a_dry_run_says_what_was_not_probed():

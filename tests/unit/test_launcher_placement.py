@@ -67,7 +67,30 @@ def test_no_rank_straddles_when_ranks_are_a_multiple_of_nodes(topology, factor):
         assert len({str(b.mem_nodes) for b in ranks}) == len(groups)
 
 
+def large(topology, comm=0):
+    """Sizes of the NUMA nodes that get a rank by default."""
+    sizes = [len(group) for group in usable_cores(only_node(topology), Policy())]
+    found = [size for size in sizes if size > comm and 2 * size >= max(sizes)]
+    return found if 2 * sum(found) >= sum(sizes) else sizes
+
+
 @given(machines())
-def test_the_default_is_a_rank_per_node_with_cores(topology):
+def test_the_default_is_a_rank_per_node_that_is_not_far_smaller_than_another(topology):
     budget = topology.quota_cpus or 1000
-    assert len(bindings(topology, None)) == min(len(usable_cores(only_node(topology), Policy())), max(1, int(budget)))
+    assert len(bindings(topology, None)) == min(len(large(topology)), max(1, int(budget)))
+
+
+@given(machines(), st.integers(0, 2))
+def test_the_default_leaves_less_than_a_half_of_large_nodes_idle(topology, comm):
+    sizes = large(topology, comm)
+    if topology.quota_cpus is None and min(sizes) > comm and 2 * min(sizes) >= max(sizes):
+        ranks = bindings(topology, None, comm_cores=comm)
+        assert len(ranks) == len(sizes)
+        assert 2 * sum(len(b.cpus) + len(b.comm_cpus) for b in ranks) >= sum(sizes)
+
+
+@given(machines(), st.integers(1, 6), st.integers(0, 2))
+def test_so_many_ranks_as_there_are_cores_for_can_be_had(topology, nproc, comm):
+    cores = sum(len(group) for group in usable_cores(only_node(topology), Policy()))
+    if topology.quota_cpus is None and nproc * (1 + comm) <= cores:
+        assert len(bindings(topology, nproc, comm_cores=comm)) == nproc

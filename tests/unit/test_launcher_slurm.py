@@ -1,15 +1,16 @@
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import frames, slurm
+from launcher import frames, slurm, trunk
 from launcher.cluster import HostFacts
 from launcher.config import LaunchSettings
 from launcher.cpuset import CpuSet
 from launcher.errors import UserError
-from launcher.hostfile import parse
+from launcher.hostfile import parse, parse_list
 from launcher.reach import reach
 from launcher.topology import Topology
 from launcher.trunk import Trunk
@@ -102,6 +103,26 @@ def test_many_launchers_are_refused():
     reach(LaunchSettings(hosts="localhost"), step)  # four runs of one machine each are a wish
 
 
+def test_a_step_tells_of_its_own_tasks_not_of_the_jobs():
+    one = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1"}
+    assert [(n.cpus, n.tasks) for n in job(**one).nodes] == [(4, None), (4, None), (2, None)]
+    kept = job(SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_TASKS="1", SLURM_NTASKS="5")  # salloc's own shell
+    assert [n.tasks for n in kept.nodes] == [2, 2, 1]
+    inside = reach(LaunchSettings(), {**JOB, **one})
+    assert [(e.host, e.slots) for e in inside.hosts.entries] == [("node01", None), ("node02", None), ("gpu7", None)]
+    with pytest.raises(UserError, match="SLURM_TASKS_PER_NODE: for 1 nodes"):
+        job(SLURM_NTASKS="1", SLURM_TASKS_PER_NODE="1")
+
+
+@pytest.mark.parametrize("odd", [{"SLURM_HET_SIZE": "2"}, {"SLURM_JOB_CPUS_PER_NODE": "4"}])
+def test_this_machine_alone_is_no_business_of_slurms(odd):
+    here = reach(LaunchSettings(hosts="localhost"), JOB | odd)
+    assert ([e.host for e in here.hosts.entries], here.by_srun, here.notes([])) == (["localhost"], False, ())
+    for others in (None, "node01"):
+        with pytest.raises(UserError, match="SLURM_"):
+            reach(LaunchSettings(hosts=others), JOB | odd)
+
+
 def test_cpus_that_differ_from_what_the_job_has_are_told():
     def sees(count):
         topology = Topology(sockets=(), allowed=CpuSet.of(range(count)), mems_allowed=CpuSet())
@@ -124,6 +145,18 @@ def test_an_srun_that_fails_at_once_is_an_exit_code_and_no_traceback(monkeypatch
         if thread.name.startswith("srun"):
             thread.join(10)
     assert (branch.wait(), raised) == (1, [])
+
+
+def test_channels_of_one_srun_leave_no_descriptor_behind(monkeypatch):
+    monkeypatch.setattr(slurm, "srun_words", lambda *_: ("sh", "-c", "echo no such node >&2; exit 1"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for one in list(trunk.within(job())(parse_list("node01,node02").entries)):
+        one.close()
+        assert one.last_words() == "no such node"
+    for thread in threading.enumerate():
+        if thread.name.startswith("srun"):
+            thread.join(10)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 lines_ = st.lists(st.tuples(st.sampled_from(["node1", "node10"]), st.binary(max_size=3000)))

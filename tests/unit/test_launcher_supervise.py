@@ -213,9 +213,10 @@ class Attempts(RuleBasedStateMachine):
         assert self.starts <= 1
 
     @precondition(lambda self: self.state.preparing)
-    @rule(data=st.data(), ended=st.sampled_from([OK, OK, OK, BAD, KILLED]))
-    def prepared(self, data, ended):
-        self.happen(Prepared(node_rank=data.draw(st.sampled_from(sorted(self.state.preparing))), ended=ended))
+    @rule(data=st.data(), ended=st.sampled_from([OK, OK, OK, BAD, KILLED]), echo=st.booleans())
+    def prepared(self, data, ended, echo):
+        node = data.draw(st.sampled_from(sorted(self.state.preparing)))
+        self.happen(Prepared(node_rank=node, ended=ended, echo=echo and bool(ended.exit_code)))
 
     @precondition(lambda self: self.state.alive)
     @rule(data=st.data(), ended=st.sampled_from([OK, BAD, KILLED, REFUSED]), echo=st.booleans())
@@ -297,6 +298,16 @@ def test_a_peers_reset_is_not_the_cause_when_the_dead_one_is_heard_later():
     assert (state.cause.rank, state.cause.exit_code) == (1, 137)
     state, _ = play(*ready(0, 1), reset, Lost(node_rank=1, text="gone"), nodes_of=(0, 1))
     assert state.cause.text == "gone"
+
+
+def test_who_had_nothing_more_from_node_0_is_not_the_cause_when_that_is_heard_to_be_lost_later():
+    cut_off = Prepared(node_rank=1, ended=BAD, echo=True)
+    state, _ = play(cut_off, Lost(node_rank=0, text="node1: gone"), nodes_of=(0, 1))
+    assert (state.phase, state.cause.kind, state.cause.text) == ("done", "lost", "node1: gone")
+    state, _ = play(cut_off, Prepared(node_rank=0, ended=KILLED), nodes_of=(0, 1))
+    assert (state.cause.node_rank, state.cause.exit_code) == (0, 137)
+    state, _ = play(cut_off, Prepared(node_rank=0, ended=Ended(signal=15)), nodes_of=(0, 1))
+    assert (state.cause.node_rank, state.cause.exit_code) == (1, BAD.exit_code)
 
 
 @pytest.mark.parametrize("later", [Ended(signal=15), Ended(code=143)])

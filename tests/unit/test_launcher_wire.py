@@ -1,22 +1,32 @@
+import contextlib
 import hashlib
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launcher import courier, rundir
+from launcher import agent, courier, roster, rundir, survey
 from launcher.checks import clock_notes, judge
 from launcher.cluster import HostFacts
 from launcher.config import Program
+from launcher.crew import Crew
 from launcher.errors import LaunchError, UserError
+from launcher.events import Ended
+from launcher.mirror import Mirror
 from launcher.plan import NodePlan
+from launcher.record import Record
 from launcher.roster import Process
 from launcher.transport import Channel, Spawned
 from launcher.wire import Lines, Outbox
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_nobody_waits_for_a_reader():
@@ -38,6 +48,17 @@ def test_nobody_waits_for_a_reader():
 def channel_to(code: str) -> Channel:
     words = [sys.executable, "-c", code]
     return Channel("node1", Spawned(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
+
+
+def test_a_closed_channel_holds_no_descriptor_and_knows_the_last_words():
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    errors = os.memfd_create("ssh")
+    words = [sys.executable, "-c", "import sys; sys.exit('no route to host')"]
+    pipe = subprocess.PIPE
+    channel = Channel("node1", Spawned(subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=errors)), errors)
+    assert [channel.close(), channel.close()] == [1, 1]
+    assert channel.how_ended(1) == "exit code 1: no route to host"
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_what_a_login_prints_is_no_event():
@@ -74,6 +95,32 @@ def test_the_courier_leaves_what_is_there_and_serves_no_stranger(tmp_path, monke
 
     here = deliver("same", strangers=1)
     assert here == {"model": str(model), "rows": "hub/name", "parameters": 7}  # the same path with the same files
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_who_is_cut_off_from_node_0_says_so_and_is_taken_for_an_echo(tmp_path, reset):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        words = [sys.executable, "-P", "-m", "launcher.courier", "receive", "127.0.0.1"]
+        port = str(listening.getsockname()[1])
+        env = {**os.environ, courier.TOKEN: "t"}
+        receiver = subprocess.Popen(
+            [*words, port, str(tmp_path / "got")], stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT
+        )
+        taken, _ = listening.accept()
+        if reset:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        else:
+            taken.recv(1024)
+        taken.close()
+        tail = tuple(receiver.communicate(timeout=30)[1].splitlines())
+    failed = Ended(code=receiver.returncode)
+    assert failed.code == 1
+    told = Record(SimpleNamespace(nodes=()), ())
+    assert [told.prepared(node, failed, tail) for node in (0, 1)] == [False, True]
+    assert not told.prepared(1, Ended(code=0), ())
+    assert told.prepare_tail == tail
+    assert not told.prepared(2, failed, ("no such model",))
+    assert told.prepare_tail == ("no such model",)
 
 
 def test_a_received_folder_has_the_same_bytes(tmp_path):
@@ -124,6 +171,28 @@ def test_what_was_received_once_and_has_changed_is_fetched_anew(tmp_path, monkey
     assert "is not what was received once (sha256 differs); fetched anew" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("there", [b"0123456789", b"another"])
+def test_what_another_host_has_put_there_meanwhile_is_taken_if_it_is_the_same(tmp_path, there):
+    sent, place = b"0123456789", tmp_path / "received/model"
+    near, far = socket.socketpair()
+    with near, far, near.makefile("rwb") as stream:
+        far.sendall(sent)
+        place.mkdir(parents=True)
+        (place / "weights").write_bytes(there)
+        digests = {"weights": hashlib.sha256(sent).hexdigest()}
+        with contextlib.nullcontext() if there == sent else pytest.raises(OSError, match="not empty"):
+            courier._fetch(stream, place, [("weights", len(sent), 0)], digests)
+    assert [path.name for path in place.parent.iterdir()] == ["model"]
+    assert (place / "weights").read_bytes() == there
+
+
+def test_hosts_that_share_a_disk_never_write_into_the_same_folder(tmp_path):
+    names = {courier._beside(tmp_path / "model", "partial").name for _ in range(50)}
+    assert len(names) == 50
+    assert all(name.startswith(f"model.partial-{socket.gethostname()}-") for name in names)
+    courier._set_aside(tmp_path / "gone")
+
+
 def test_a_file_outside_its_folder_is_refused(tmp_path):
     for name in ("../x", "/etc/x", "a/../../x"):
         with pytest.raises(ValueError, match="outside its folder"):
@@ -139,6 +208,81 @@ def test_files_sent_along_are_written_once(tmp_path):
     assert config.read_text() == "{}\n"
     assert config.stat().st_mode & 0o777 == 0o600
     assert rundir.settle(plan)
+
+
+def node_plan(folder, node_rank=1):
+    attempt = folder / "runs/r/attempt_1"
+    roster = str(attempt / f"agent_{node_rank:04d}.json")
+    files = {str(attempt / "config.json"): "{}\n"}
+    return NodePlan(
+        host="h", node_rank=node_rank, cwd="/", roster=roster, files=files, prepare=(), store=None, ranks=()
+    )
+
+
+def test_a_folder_that_is_only_remembered_as_missing_is_shared(tmp_path, monkeypatch):
+    """As over NFS: until somebody makes the folder, what another host wrote into it is not seen."""
+    plan = node_plan(tmp_path)
+    assert not rundir.settle(plan)
+    asked_again, make = [], Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda path, **how: (asked_again.append(path), make(path, **how)))
+    has = rundir._has
+    monkeypatch.setattr(rundir, "_has", lambda path, text: bool(asked_again) and has(path, text))
+    assert rundir.settle(plan)
+
+
+def test_the_survey_does_not_ask_for_a_run_folder_that_will_be(tmp_path, monkeypatch):
+    asked, stat = [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **how: (asked.append(path), stat(path, **how))[1])
+    told = survey.take("/", None, str(tmp_path / "r"))
+    assert (told["place"], told["writable"], told["checkpoints"]) == (str(tmp_path), True, 0)
+    assert not [path for path in asked if path.is_relative_to(tmp_path / "r")]
+    (tmp_path / "r/checkpoints/step-000001").mkdir(parents=True)
+    told = survey.take("/", None, str(tmp_path / "r"))
+    assert (told["place"], told["checkpoints"]) == (str(tmp_path / "r"), 1)
+    assert survey.take("/", None, str(tmp_path / "not/yet/r"))["place"] == str(tmp_path)
+
+
+class Told:
+    """What a mirror needs of a record."""
+
+    def __init__(self, folder):
+        self.apart = set()
+        self.plan_of = lambda rank: SimpleNamespace(rank_dir=str(folder / f"rank_{rank:04d}"))
+
+
+def test_what_is_written_into_a_shared_folder_is_not_written_once_more(tmp_path):
+    record, plan = Told(tmp_path), node_plan(tmp_path)
+    own = Mirror(record)
+    roster.sign(plan)  # what an agent does first, here into the launcher's own folder
+    own.told_apart(plan)
+    own.append(1, 1, "stdout", ["a line"])
+    assert (record.apart, (tmp_path / "rank_0001").exists()) == (set(), False)
+    own.told_apart(node_plan(tmp_path, 2))
+    own.append(2, 2, "stdout", ["a line"])
+    own.keep(2, 2, {"result.json": "{}"})
+    assert (record.apart, (tmp_path / "rank_0002/stdout").read_text()) == ({2}, "a line\n")
+    assert (tmp_path / "rank_0002/result.json").read_text() == "{}"
+
+
+class Teller:
+    """The agent, as far as a crew needs one."""
+
+    unsent = 0
+
+    def __init__(self):
+        self.told = []
+
+    def emit(self, event, **values):
+        self.told.append(event)
+
+
+def test_an_agent_has_signed_before_it_says_that_its_folder_is_its_own(tmp_path, monkeypatch):
+    teller, plan = Teller(), node_plan(tmp_path)
+    told = SimpleNamespace(_crew=Crew(teller))
+    signed = []
+    monkeypatch.setattr(roster, "sign", lambda taken: signed.append(list(teller.told)))
+    agent.Agent._prepare(told, plan.to_json())
+    assert (signed, teller.told) == ([[]], ["apart", "prepared"])
 
 
 def test_a_process_is_known_by_more_than_its_number():

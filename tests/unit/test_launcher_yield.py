@@ -1,30 +1,41 @@
 """A run that is asked to make way: what is decided, what a job that submits itself again says."""
 
+import dataclasses
 import json
+import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launcher import config, flags, retry, slurmjob
+from launcher import batch, cli, config, flags, retry, series, slurmjob
 from launcher.config import Flags
-from launcher.errors import UserError
+from launcher.errors import Interruption, UserError
 from launcher.events import (
     AskStop,
+    CanSave,
     CanStop,
     Cause,
     Ended,
     Exited,
     Interrupted,
+    Lost,
     MakeWay,
     Prepared,
     SetTimer,
     SignalAll,
+    Stalled,
     StartRanks,
     TimeUp,
 )
 from launcher.folder import site_of
+from launcher.hostfile import Hostfile
 from launcher.patience import Patience
+from launcher.plan import Site
+from launcher.record import Record
 from launcher.report import RunReport, outcome_of
+from launcher.series import past_of
 from launcher.slurm import JobState
 from launcher.supervise import begin, decide
 
@@ -106,6 +117,53 @@ def test_slurm_is_asked_again_unless_the_user_wants_an_end(kind, wanted):
     assert not RunReport(**head, cause=cause, interrupted=True).wants_requeue
 
 
+FAILED = [READY[0], CanSave(rank=0), exited(1, 9)]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [*FAILED, MakeWay()],  # while the other one saves
+        [*FAILED, TimeUp(), MakeWay()],
+        [*READY, Stalled(text="no step"), MakeWay()],
+        [*READY, MakeWay(), exited(1, 9)],
+        [*READY, MakeWay(), Lost(node_rank=0, text="gone")],
+    ],
+)
+def test_who_was_asked_to_make_way_while_something_fails_leaves_the_next_start_to_slurm(events):
+    state, _ = play(*events)
+    assert (state.asked_to_yield, state.cause.kind == "yield") == (True, False)
+    told = Record(SimpleNamespace(site=Site(run_id="r", attempt=1, run_dir="/r", cwd="/"), nodes=()), ())
+    told.enter("start", 0.0)
+    report = told.report(state.cause, 1.0, asked_to_yield=state.asked_to_yield)
+    assert report.wants_requeue
+    assert not dataclasses.replace(report, interrupted=True).wants_requeue
+    past = past_of(dataclasses.replace(report, cause=Cause(kind="rank", exit_code=9)), Hostfile(entries=()), 0)
+    decided = retry.after([past], retry.Policy(max_restarts=3))
+    assert decided == retry.Stop(why="not started again: it was asked to make way")
+
+
+@pytest.mark.parametrize(("code", "outcome"), [(2, "failed"), (3, "failed"), (0, "ok")])
+def test_what_was_refused_or_is_done_is_not_for_slurm_to_start_again(code, outcome):
+    cause = Cause(kind="rank", exit_code=code) if code else None
+    head = {"run_id": "r", "attempt": 1, "run_dir": "/r", "outcome": outcome, "exit_code": code, "ranks": ()}
+    assert not RunReport(**head, cause=cause, asked_to_yield=True).wants_requeue
+
+
+@pytest.mark.parametrize(("number", "code", "again"), [(10, 75, ["7"]), (2, 130, [])])
+def test_a_signal_that_comes_before_the_first_attempt(number, code, again, tmp_path, monkeypatch):
+    def interrupted(_):
+        raise Interruption(number)
+
+    requeued = []
+    monkeypatch.setattr(series.Series, "run", interrupted)
+    monkeypatch.setattr(batch, "requeue", lambda job, *_: requeued.append(job.job))
+    monkeypatch.setattr(sys, "argv", ["falcon-launch", "--runs-dir", str(tmp_path), "--resume", "auto"])
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}.items():
+        monkeypatch.setenv(name, value)
+    assert (cli.main(), requeued) == (code, again)
+
+
 # --resume auto
 
 
@@ -166,7 +224,7 @@ GOLDEN = """#!/bin/bash
 #SBATCH --constraint=amx
 # In place of this shell, so that Slurm's signals arrive: 120 s before the time is over the launcher
 # has all ranks save, asks Slurm to start the job again, and then goes on where it was.
-exec /opt/bin/falcon-launch --nproc-per-node 2 --recipe demo --set 'data.name=my data.jsonl' \
+exec /opt/bin/falcon-launch --nnodes 2:4 --nproc-per-node 2 --recipe demo --set 'data.name=my data.jsonl' \
 --resume auto --run-id "slurm-$SLURM_JOB_ID"
 """
 
@@ -199,7 +257,7 @@ def test_a_run_with_a_name_and_a_program():
 @pytest.mark.parametrize("program", ["train.py --x 1", "-- train.py --resume last.pt", "-m mod --resume=last.pt"])
 def test_a_program_keeps_its_own_arguments(program):
     line = script("--nnodes", "2", *program.split()).splitlines()[-1]
-    assert line == f'exec /opt/bin/falcon-launch --resume auto --run-id "slurm-$SLURM_JOB_ID" {program}'
+    assert line == f'exec /opt/bin/falcon-launch --nnodes 2 --resume auto --run-id "slurm-$SLURM_JOB_ID" {program}'
 
 
 def test_a_name_of_the_recipe_is_kept(tmp_path):
@@ -214,9 +272,44 @@ def test_a_run_that_is_gone_on_with(tmp_path):
     assert script("--resume", str(folder)).splitlines()[-1] == f"exec /opt/bin/falcon-launch --resume {folder}"
 
 
+def in_the_job(text: str) -> config.LaunchConfig:
+    """What the launcher that a script starts is asked for."""
+    words = shlex.split(text.splitlines()[-1].replace("$SLURM_JOB_ID", "7"))[2:]
+    return config.load(flags.parse(words).flags)
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes", "launch"),
+    [(["--nnodes", "2:4"], "2-4", (4, 2)), (["--num-nodes=2"], "2", (2, None)), ([], "4", (4, None))],
+)
+def test_a_job_wants_the_nodes_that_it_asks_slurm_for(tmp_path, words, nodes, launch):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[launch]\nnnodes = 4\n")
+    text = script("--recipe", str(recipe), *words)
+    assert f"#SBATCH --nodes={nodes}\n" in text
+    found = in_the_job(text).launch
+    assert (found.nnodes, found.min_nodes) == launch
+
+
+def test_a_run_that_had_hosts_of_its_own_goes_on_in_a_job(tmp_path):
+    folder = make_run(tmp_path, "mine", checkpoint=True)
+    saved = config.LaunchConfig(launch=config.LaunchSettings(hostfile="gone", include="node7", nnodes=2))
+    (folder / "config.json").write_text(json.dumps(saved.to_json()))
+    text = script("--resume", str(folder))
+    assert text.splitlines()[-1].endswith(f"--resume {folder} --set launch.hostfile=none --set launch.include=none")
+    found = in_the_job(text)
+    assert (found.launch.hostfile, found.launch.include, found.launch.nnodes) == (None, None, 2)
+    assert found.resume_from == str(folder)
+    with pytest.raises(UserError, match="--hosts: not beside --slurm"):
+        script("--resume", str(folder), "--hosts", "a")
+    assert config.load(flags.parse(["--resume", str(folder)]).flags).launch.hostfile == "gone"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--min-nodes", "2"], '--min-nodes: of how many a job is to have: "2"; add --nnodes N'),
+        (["--nnodes", "1", "--min-nodes", "2"], '--min-nodes: min_nodes is more than nnodes, 1: "2"'),
         (["--hosts", "a,b"], '--hosts: not beside --slurm, where Slurm chooses the nodes: "a,b"'),
         (["--env", "HF_TOKEN=abc"], '--env: a job script is no place for a secret: "HF_TOKEN"'),
         (
@@ -234,6 +327,45 @@ def test_jobs_that_cannot_be(words, said):
     with pytest.raises(UserError) as fault:
         script(*words)
     assert said in str(fault.value)
+
+
+def test_what_stays_out_of_the_script_is_no_secret_in_it(tmp_path):
+    secrets = tmp_path / "secrets.env"
+    secrets.write_text("HF_TOKEN=abc\nHTTPS_PROXY=http://me:pw@proxy\n")
+    text = script(
+        "--env-file",
+        str(secrets),
+        "--env",
+        "HF_TOKEN",
+        "--env",
+        "A=b",
+        "--sbatch",
+        "export=HF_TOKEN",
+        "--",
+        "t.py",
+        "--tokenizer=x",
+    )
+    assert f"--env-file {secrets} --env HF_TOKEN --env A=b" in text
+    assert "abc" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["--env", "HTTPS_PROXY=http://me:t0ps3cret@proxy"], '--env: a job script is no place for a secret: "HTTPS_'),
+        (["--env=HTTPS_PROXY=http://me:t0ps3cret@proxy"], '--env: a job script is no place for a secret: "HTTPS_'),
+        (["--set", "launch.env=['MY_KEY=t0ps3cret']"], '--env: a job script is no place for a secret: "MY_KEY"'),
+        (["--set", "data.name=https://me:t0ps3cret@x/y"], 'a login: "data.name=https://<redacted>@x/y"'),
+        (["--", "t.py", "https://me:t0ps3cret@x/y"], 'a login: "https://<redacted>@x/y"'),
+        (["--sbatch", "export=ALL,HF_TOKEN=t0ps3cret"], '--env: a job script is no place for a secret: "HF_TOKEN"'),
+        (["--sbatch", "comment=https://me:t0ps3cret@x"], 'a login: "comment=https://<redacted>@x"'),
+    ],
+)
+def test_a_secret_that_would_stand_in_the_script(words, place):
+    with pytest.raises(UserError) as fault:
+        script(*words)
+    assert place in str(fault.value)
+    assert "t0ps3cret" not in str(fault.value)
 
 
 def test_options_of_a_job_need_a_job():
