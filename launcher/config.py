@@ -152,6 +152,8 @@ def load(flags: Flags) -> LaunchConfig:
     folder, note = _resumed(flags.resume, recipe | given)
     values = earlier.settings(folder) if folder else {}
     left_out = earlier.leave_hosts_out(values) if flags.as_job else ()
+    if not flags.as_job:
+        earlier.leave_number_out(values)
     program = flags.program or _saved_program(folder)
     if flags.recipe or not folder:
         values |= recipe
@@ -226,7 +228,8 @@ def _check_launch(settings: LaunchSettings, values: Mapping[str, Value]) -> None
         raise UserError(f'{source}: nproc_per_node must be "auto" or 1 or more: "{settings.nproc_per_node}"')
     if settings.nnodes is not None and (settings.min_nodes or 0) > settings.nnodes:
         source = values["launch.min_nodes"].source
-        raise UserError(f'{source}: min_nodes is more than nnodes, {settings.nnodes}: "{settings.min_nodes}"')
+        text = f'{source}: min_nodes is more than nnodes, {settings.nnodes}: "{settings.min_nodes}"'
+        raise UserError(f"{text}; give a lower --min-nodes")
     least_of = {"ncores_per_rank": 1, "ccl_worker_count": 0, "max_restarts": 0, "min_nodes": 1, "hang_s": 0}
     for key, least in {**least_of, "emergency_grace_s": 0, "stop_grace_s": 0, "max_requeues": 0}.items():
         number = getattr(settings, key)

@@ -10,7 +10,8 @@ from typing import Any, Final
 from falcon_dist.config import Value, flatten
 from launcher.errors import UserError
 
-HOSTS: Final = ("launch.hostfile", "launch.hosts", "launch.include", "launch.exclude")
+NAMED: Final = ("launch.hostfile", "launch.hosts")
+HOSTS: Final = (*NAMED, "launch.include", "launch.exclude")
 
 
 def find(resume: str, runs: Path, run_id: str | None) -> tuple[Path | None, str | None]:
@@ -45,6 +46,13 @@ def leave_hosts_out(saved: dict[str, Value]) -> tuple[str, ...]:
     for key in found:
         del saved[key]
     return found
+
+
+def leave_number_out(saved: dict[str, Value]) -> None:
+    """Takes out how many hosts the run had where it names none: those of a job are not there any more."""
+    if not any(key in saved and saved[key].value is not None for key in NAMED):
+        for key in ("launch.nnodes", "launch.min_nodes"):
+            saved.pop(key, None)
 
 
 def program(folder: Path) -> Mapping[str, Any] | None:

@@ -47,6 +47,7 @@ def render(config: LaunchConfig, launcher: str, words: Sequence[str], program: S
     resumed = "--resume" in words or any(word.startswith("--resume=") for word in words)
     again = [] if resumed else ["--resume", "auto"]
     named = "" if resumed or config.launch.run_id else f' --run-id "{RUN_ID}"'
+    words = [*words, *_number(config, words)]
     left_out = [word for key in config.left_out for word in ("--set", f"{key}=none")]
     command = (
         shlex.join([launcher, *words, *left_out, *again]) + named + "".join(f" {shlex.quote(word)}" for word in program)
@@ -55,6 +56,18 @@ def render(config: LaunchConfig, launcher: str, words: Sequence[str], program: S
     text = SCRIPT.format(options=options, signal_s=config.slurm.signal_s, command=command)
     told = (f"Slurm chooses the hosts: {', '.join(config.left_out)} of the run is left out",) if left_out else ()
     return JobScript(text=text, notes=(*config.notes, *told))
+
+
+def _number(config: LaunchConfig, words: Sequence[str]) -> list[str]:
+    """How many nodes, for a job that would not know it: from the run that it goes on with, say."""
+    launch = config.launch
+    if launch.nnodes is None or any(_flag_of(word) in ("--nnodes", "--num-nodes") for word in words):
+        return []
+    return ["--nnodes", str(launch.nnodes) if launch.min_nodes is None else f"{launch.min_nodes}:{launch.nnodes}"]
+
+
+def _flag_of(word: str) -> str:
+    return word.partition("=")[0].replace("_", "-")
 
 
 def _options(config: LaunchConfig) -> list[str]:
