@@ -94,7 +94,8 @@ CclBackend::CclBackend(c10::intrusive_ptr<c10d::Store> store, int rank, int size
         DistBackendError,
         c10::str("rank ", global_ranks_.at(rank), " of group ", settings.group, ": a member of ",
                  ranks_text(global_ranks_), " did not come to open the group within ",
-                 settings.timeout.count() / 1000.0, " s: ", error.what_without_backtrace()));
+                 settings.timeout.count() / 1000.0, " s (a peer is gone or out of reach): ",
+                 error.what_without_backtrace()));
   }
   executor_ = std::make_unique<Executor>(settings.group, global_ranks_.at(rank), peers_);
   if (size > 1) {

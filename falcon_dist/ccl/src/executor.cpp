@@ -18,6 +18,8 @@ namespace {
 constexpr auto kLookEvery = milliseconds(20);     // liveness of neighbours and deadlines
 constexpr auto kTellAfter = std::chrono::seconds(1);  // when the store is told where this rank stands
 constexpr auto kDeathGrace = std::chrono::seconds(1);  // a peer may have finished its part and left
+// In every error that a peer's end may be the cause of, see PEER_IS_GONE in falcon_dist/contract.py.
+constexpr const char* kPeerIsGone = " (a peer is gone or out of reach)";
 
 std::string seconds_text(Clock::duration duration) {
   std::ostringstream out;
@@ -186,7 +188,7 @@ void Executor::execute(Task& task, bool own_thread) {
     watched_.end();
     (void)flight.release();
     (void)new Task(std::move(task));  // its tensors too
-    give_up(mine, std::string("oneCCL reported: ") + error.what());
+    give_up(mine, std::string("oneCCL reported: ") + error.what() + (is_lonely(mine) ? kPeerIsGone : ""));
   } catch (...) {
     watched_.end();
     (void)flight.release();
@@ -250,6 +252,18 @@ void Executor::poll(Flight& flight, const Task& task, bool own_thread) {
   }
 }
 
+// Whether an error of oneCCL may be a broken connection: a peer of this host has ended, which is seen a moment
+// after its connections close, or some are on other hosts.
+bool Executor::is_lonely(const Signature& mine) const {
+  for (int tick = 0; tick < 10; ++tick) {
+    if (!peers_->board_shows_all() || peers_->dead()) {
+      return true;
+    }
+    std::this_thread::sleep_for(milliseconds(20));
+  }
+  return false;
+}
+
 // Every rank learns of it at the same time and writes down what it had called; who it was is read there.
 void Executor::give_up_disagreeing(const Signature& mine) {
   std::optional<std::string> other;
@@ -270,14 +284,14 @@ void Executor::look_around(const Signature& mine, Clock::time_point started, Clo
     give_up(mine, "but " + *other);
   }
   if (const auto gone = peers_->dead(); gone && waited > kDeathGrace) {
-    give_up(mine, "the process of " + *gone + " has ended");
+    give_up(mine, "the process of " + *gone + " has ended" + kPeerIsGone);
   }
   if (now >= deadline) {
     give_up_late(mine, waited);
   }
   if (waited > kTellAfter) {
     if (const auto failure = peers_->remote_failure()) {
-      give_up(mine, "another rank gave up first: " + *failure);
+      give_up(mine, "another rank gave up first: " + *failure + kPeerIsGone);
     }
     if (const auto other = peers_->remote_disagreement(mine)) {
       give_up(mine, "but " + *other);
@@ -308,7 +322,7 @@ void Executor::give_up_late(const Signature& mine, Clock::duration waited) {
       "not finished within " + seconds_text(waited) + " s, " +
           (absent.empty() ? "though every rank has come: the network between them is blocked or too slow"
                           : "because these have not come: " + absent) +
-          store);
+          store + kPeerIsGone);
 }
 
 void Executor::give_up(const Signature& mine, const std::string& reason) {

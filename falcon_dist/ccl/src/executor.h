@@ -107,6 +107,7 @@ class Executor {
   void take_off(Flight& flight, const Task& task);
   bool finished(Flight& flight, const Task& task);
   void poll(Flight& flight, const Task& task, bool own_thread);
+  bool is_lonely(const Signature& mine) const;
   [[noreturn]] void give_up_disagreeing(const Signature& mine);
   void look_around(const Signature& mine, Clock::time_point started, Clock::time_point deadline);
   [[noreturn]] void give_up(const Signature& mine, const std::string& reason);
