@@ -139,12 +139,9 @@ void Executor::loop() {
   single_openmp_thread();
   std::unique_lock<std::mutex> guard(mutex_);
   for (;;) {
-    changed_.wait(guard, [this] { return closed_ || (!running_ && !queue_.empty()); });
+    changed_.wait(guard, [this] { return queue_.empty() ? closed_ : !running_; });
     if (queue_.empty()) {
       return;
-    }
-    if (running_) {
-      continue;
     }
     Queued next = std::move(queue_.front());
     queue_.pop_front();
@@ -233,7 +230,20 @@ bool Executor::finished(Flight& flight, const Task& task) {
   if (compared && (agreement.values[0] != agreement.mine[0] || agreement.values[1] != agreement.mine[1])) {
     give_up_disagreeing(task.signature);
   }
-  return !agreement.pending && flight.events.empty();
+  if (agreement.pending || !flight.events.empty()) {
+    return false;
+  }
+  if (!task.follow || flight.followed) {
+    return true;
+  }
+  flight.followed = true;
+  std::unique_lock<std::mutex> library(library_lock());
+  const std::string fault = task.follow(flight.events);
+  library.unlock();
+  if (!fault.empty()) {
+    give_up(task.signature, "but " + fault);
+  }
+  return flight.events.empty();
 }
 
 void Executor::poll(Flight& flight, const Task& task, bool own_thread) {
@@ -291,7 +301,8 @@ void Executor::look_around(const Signature& mine, Clock::time_point started, Clo
   }
   if (waited > kTellAfter) {
     if (const auto failure = peers_->remote_failure()) {
-      give_up(mine, "another rank gave up first: " + *failure + kPeerIsGone);
+      const bool said = failure->find(kPeerIsGone) != std::string::npos;
+      give_up(mine, "another rank gave up first: " + *failure + (said ? "" : kPeerIsGone));
     }
     if (const auto other = peers_->remote_disagreement(mine)) {
       give_up(mine, "but " + *other);
@@ -346,18 +357,24 @@ bool Executor::drain(Clock::time_point deadline) {
 
 bool Executor::close(milliseconds patience) {
   const bool drained = drain(Clock::now() + patience);
+  const std::string unfinished = "group " + group_ + " was destroyed while an operation was running";
   std::thread thread;
   {
     std::lock_guard<std::mutex> guard(mutex_);
     closed_ = true;
     thread.swap(thread_);
+    if (!drained && broken_.empty()) {
+      broken_ = unfinished;  // what is still queued fails, and is not taken for done
+    }
   }
   changed_.notify_all();
+  if (!drained) {
+    poison(unfinished);
+  }
   if (thread.joinable()) {
     if (drained) {
       thread.join();
     } else {
-      poison("group " + group_ + " was destroyed while an operation was running");
       thread.detach();
     }
   }

@@ -27,6 +27,7 @@ struct Task {
   const char* name = "";               // "all_reduce", a literal
   Signature signature;
   std::function<void(Events&)> submit;
+  std::function<std::string(Events&)> follow;  // may be empty: submits what comes after, or says what forbids it
   std::function<bool()> advance;       // instead of events: does what can be done now; true at the end
   std::function<void()> finish;        // may be empty
   std::vector<at::Tensor> outputs;     // the value of the work's future
@@ -102,6 +103,7 @@ class Executor {
   struct Flight {
     Events events;
     Agreement agreement;
+    bool followed = false;
   };
 
   void take_off(Flight& flight, const Task& task);
