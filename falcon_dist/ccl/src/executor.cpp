@@ -17,7 +17,7 @@ namespace {
 
 constexpr auto kLookEvery = milliseconds(20);     // liveness of neighbours and deadlines
 constexpr auto kTellAfter = std::chrono::seconds(1);  // when the store is told where this rank stands
-constexpr auto kDeathGrace = std::chrono::seconds(1);  // a peer may have finished its part and left
+constexpr auto kDeathGrace = std::chrono::seconds(1);  // oneCCL may know of it sooner, and better
 // In every error that a peer's end may be the cause of, see PEER_IS_GONE in falcon_dist/contract.py.
 constexpr const char* kPeerIsGone = " (a peer is gone or out of reach)";
 
@@ -178,6 +178,7 @@ void Executor::execute(Task& task, bool own_thread) {
   try {
     take_off(*flight, task);
     poll(*flight, task, own_thread);
+    peers_->leave(mine);
     if (task.finish) {
       task.finish();
     }
@@ -266,7 +267,7 @@ void Executor::poll(Flight& flight, const Task& task, bool own_thread) {
 // after its connections close, or some are on other hosts.
 bool Executor::is_lonely(const Signature& mine) const {
   for (int tick = 0; tick < 10; ++tick) {
-    if (!peers_->board_shows_all() || peers_->dead()) {
+    if (!peers_->board_shows_all() || peers_->dead(mine)) {
       return true;
     }
     std::this_thread::sleep_for(milliseconds(20));
@@ -293,7 +294,7 @@ void Executor::look_around(const Signature& mine, Clock::time_point started, Clo
   if (const auto other = peers_->disagreement(mine)) {
     give_up(mine, "but " + *other);
   }
-  if (const auto gone = peers_->dead(); gone && waited > kDeathGrace) {
+  if (const auto gone = peers_->dead(mine); gone && waited > kDeathGrace) {
     give_up(mine, "the process of " + *gone + " has ended" + kPeerIsGone);
   }
   if (now >= deadline) {
