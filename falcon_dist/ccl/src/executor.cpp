@@ -1,6 +1,5 @@
 #include "executor.h"
 
-#include <ATen/ThreadLocalState.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
@@ -78,13 +77,35 @@ CclWork::CclWork(int rank, uint64_t sequence, const Task& task)
       outputs_(task.outputs),
       future_(c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()))) {}
 
-void CclWork::complete(std::exception_ptr error) {
+c10::intrusive_ptr<c10::ivalue::Future> CclWork::getFuture() {
+  std::lock_guard<std::mutex> guard(handing_out_);
+  handed_out_ = true;
+  return future_;
+}
+
+void CclWork::settle(std::exception_ptr error) {
   if (error) {
     future_->setError(error);
   } else {
     future_->markCompleted(c10::IValue(outputs_));
   }
+}
+
+void CclWork::complete(std::exception_ptr error) {
+  settle(error);
   finish(error);
+}
+
+bool CclWork::complete_without_callbacks(std::exception_ptr error) {
+  {
+    std::lock_guard<std::mutex> guard(handing_out_);
+    if (handed_out_) {
+      return false;
+    }
+    settle(error);
+  }
+  finish(error);
+  return true;
 }
 
 Executor::Executor(std::string group, int64_t rank, std::shared_ptr<Peers> peers)
@@ -106,12 +127,8 @@ c10::intrusive_ptr<c10d::Work> Executor::run(Task task, bool asynchronous) {
   task.signature.sequence = ++sequence_;
   auto work = c10::make_intrusive<CclWork>(static_cast<int>(rank_), sequence_, task);
   if (asynchronous || running_ || !queue_.empty()) {
-    queue_.push_back({std::move(task), work});
-    if (!thread_.joinable()) {
-      thread_ = std::thread([this] { loop(); });
-    }
-    guard.unlock();
-    changed_.notify_all();
+    queue_.push_back({std::move(task), work, {}});
+    wake();
     return work;
   }
   running_ = true;
@@ -124,13 +141,25 @@ c10::intrusive_ptr<c10d::Work> Executor::run(Task task, bool asynchronous) {
   }
   guard.lock();
   running_ = false;
+  wake();
   guard.unlock();
-  changed_.notify_all();
   work->complete(error);
   if (error) {
     std::rethrow_exception(error);
   }
   return work;
+}
+
+// Called with mutex_ held: what is queued is taken up, or who waits for the end of it all is told.
+void Executor::wake() {
+  if (queue_.empty()) {
+    idle_.notify_all();
+    return;
+  }
+  if (in_callbacks_ == threads_.size() && !closed_) {
+    threads_.emplace_back([this] { loop(); });
+  }
+  ready_.notify_one();
 }
 
 void Executor::loop() {
@@ -139,30 +168,52 @@ void Executor::loop() {
   single_openmp_thread();
   std::unique_lock<std::mutex> guard(mutex_);
   for (;;) {
-    changed_.wait(guard, [this] { return queue_.empty() ? closed_ : !running_; });
+    ready_.wait(guard, [this] { return queue_.empty() ? closed_ : !running_; });
     if (queue_.empty()) {
       return;
     }
-    Queued next = std::move(queue_.front());
-    queue_.pop_front();
-    running_ = true;
-    std::string broken = broken_;
-    guard.unlock();
-    std::exception_ptr error;
-    try {
-      TORCH_CHECK_WITH(
-          DistBackendError, broken.empty(), "group ", group_, " cannot be used any more: ", broken);
-      execute(next.task, true);
-    } catch (...) {
-      error = std::current_exception();
-    }
-    next.task = Task{};  // tensors are let go before anybody learns of the end
-    next.work->complete(error);
-    next.work.reset();
+    serve(guard);
+  }
+}
+
+// `guard` holds mutex_ before and after.
+void Executor::serve(std::unique_lock<std::mutex>& guard) {
+  std::optional<Queued> next(std::move(queue_.front()));
+  queue_.pop_front();
+  running_ = true;
+  const std::string broken = broken_;
+  guard.unlock();
+  const std::exception_ptr error = attempt(*next, broken);
+  next->task = Task{};  // tensors are let go before anybody learns of the end
+  const bool told = next->work->complete_without_callbacks(error);
+  if (!told) {
     guard.lock();
     running_ = false;
-    changed_.notify_all();
+    ++in_callbacks_;
+    wake();
+    guard.unlock();
+    next->work->complete(error);
   }
+  next.reset();  // what it holds of Python's may need the interpreter, so not under the lock
+  guard.lock();
+  if (told) {
+    running_ = false;
+  } else {
+    --in_callbacks_;
+  }
+  idle_.notify_all();
+}
+
+std::exception_ptr Executor::attempt(Queued& next, const std::string& broken) {
+  try {
+    TORCH_CHECK_WITH(
+        DistBackendError, broken.empty(), "group ", group_, " cannot be used any more: ", broken);
+    const at::ThreadLocalStateGuard as_caller(next.callers);
+    execute(next.task, true);
+  } catch (...) {
+    return std::current_exception();
+  }
+  return nullptr;
 }
 
 void Executor::execute(Task& task, bool own_thread) {
@@ -353,26 +404,26 @@ void Executor::give_up(const Signature& mine, const std::string& reason) {
 
 bool Executor::drain(Clock::time_point deadline) {
   std::unique_lock<std::mutex> guard(mutex_);
-  return changed_.wait_until(guard, deadline, [this] { return !running_ && queue_.empty(); });
+  return idle_.wait_until(guard, deadline, [this] { return !running_ && queue_.empty() && in_callbacks_ == 0; });
 }
 
 bool Executor::close(milliseconds patience) {
   const bool drained = drain(Clock::now() + patience);
   const std::string unfinished = "group " + group_ + " was destroyed while an operation was running";
-  std::thread thread;
+  std::vector<std::thread> threads;
   {
     std::lock_guard<std::mutex> guard(mutex_);
     closed_ = true;
-    thread.swap(thread_);
+    threads.swap(threads_);
     if (!drained && broken_.empty()) {
       broken_ = unfinished;  // what is still queued fails, and is not taken for done
     }
   }
-  changed_.notify_all();
+  ready_.notify_all();
   if (!drained) {
     poison(unfinished);
   }
-  if (thread.joinable()) {
+  for (std::thread& thread : threads) {
     if (drained) {
       thread.join();
     } else {
