@@ -40,13 +40,12 @@ std::string ranks_text(const std::vector<int64_t>& ranks) {
 }
 
 // oneCCL connects all processes when its first communicator is made and cannot meet new ones later.
-// True for that first group.
-bool check_first_group(const std::vector<int64_t>& ranks, const std::string& group) {
+// True where the group has all of them.
+bool check_members(const std::vector<int64_t>& ranks, const std::string& group) {
   Groups& all = groups();
   std::lock_guard<std::mutex> guard(all.lock);
   if (all.connected.empty()) {
     all.connected.insert(ranks.begin(), ranks.end());
-    return true;
   }
   for (const int64_t rank : ranks) {
     TORCH_CHECK_VALUE(
@@ -55,7 +54,7 @@ bool check_first_group(const std::vector<int64_t>& ranks, const std::string& gro
         ranks_text({all.connected.begin(), all.connected.end()}),
         "): open the group of all ranks first, with init_process_group(\"ccl\")");
   }
-  return false;
+  return all.connected.size() == ranks.size();
 }
 
 std::string interface_text() {
@@ -105,10 +104,10 @@ CclBackend::CclBackend(c10::intrusive_ptr<c10d::Store> store, int rank, int size
   }
   executor_ = std::make_shared<Executor>(settings.group, global_ranks_.at(rank), peers_);
   if (size > 1) {
-    watch_for_alarm(peers_->alarm_store());
-    const bool first = check_first_group(global_ranks_, settings.group);
+    watch_for_alarm(*store);
+    const bool everybody = check_members(global_ranks_, settings.group);
     options_->timeout = settings.timeout - std::chrono::duration_cast<milliseconds>(Clock::now() - started);
-    connect(store);
+    connect();
     options_->timeout = settings.timeout;
     const char* workers = std::getenv("CCL_WORKER_COUNT");
     if (!peers_->board_shows_all()) {
@@ -117,8 +116,9 @@ CclBackend::CclBackend(c10::intrusive_ptr<c10d::Store> store, int rank, int size
             agreement.values, agreement.values, 2, ccl::datatype::int64, ccl::reduction::min, *communicator);
       });
     }
-    if (first && (!workers || std::string(workers) == "1")) {
-      // Opening the group sent a message between any two endpoints when there is one per rank.
+    if (everybody && (!workers || std::string(workers) == "1")) {
+      // Opening the group sent a message between any two endpoints when there is one per rank. They are made anew
+      // where all groups had been destroyed.
       peers_->meet("connected", settings.timeout);
       remove_shared_names();
     }
@@ -130,7 +130,7 @@ CclBackend::CclBackend(c10::intrusive_ptr<c10d::Store> store, int rank, int size
 
 // Communicators are made by a thread that can be left behind: inside, oneCCL spins until its peers answer,
 // and no deadline reaches there.
-void CclBackend::connect(const c10::intrusive_ptr<c10d::Store>& store) {
+void CclBackend::connect() {
   const Clock::time_point deadline = Clock::now() + options_->timeout;
   {
     // Other groups' operations make progress only while nobody holds the library.
@@ -141,12 +141,12 @@ void CclBackend::connect(const c10::intrusive_ptr<c10d::Store>& store) {
   }
   auto made = std::make_shared<std::promise<ccl::communicator>>();
   std::future<ccl::communicator> result = made->get_future();
-  std::thread([made, store, deadline, rank = rank_, size = size_] {
+  std::thread([made, store = peers_->store(), deadline, rank = rank_, size = size_] {
     std::lock_guard<std::mutex> library(library_lock());
     try {
       ccl::init();
       auto kvs = std::make_shared<StoreKvs>(
-          c10::make_intrusive<c10d::PrefixStore>("kvs", store->clone()), deadline);
+          c10::make_intrusive<c10d::PrefixStore>("kvs", store), deadline);
       auto communicator = ccl::create_communicator(size, rank, std::shared_ptr<ccl::kvs_interface>(kvs));
       check_exchange(communicator, rank, size);
       made->set_value(std::move(communicator));

@@ -88,7 +88,7 @@ class CclBackend final : public c10d::Backend {
 
   struct Part;
 
-  void connect(const c10::intrusive_ptr<c10d::Store>& store);
+  void connect();
   WorkPtr allreduce_all(Tensors& tensors, const c10d::AllreduceOptions& options, c10d::OpType type);
   WorkPtr allreduce_here(class TaskBuilder& builder, std::vector<Part> parts, bool asynchronous);
   WorkPtr gather_all(

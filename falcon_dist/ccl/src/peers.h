@@ -27,8 +27,8 @@ class Peers {
   Peers(const Peers&) = delete;
   Peers& operator=(const Peers&) = delete;
 
-  // What the process-wide alarm is given through; a connection of its own.
-  c10::intrusive_ptr<c10d::Store> alarm_store() const { return store_->clone(); }
+  // This group's own connection; nobody else waits on it once the group is open.
+  const c10::intrusive_ptr<c10d::Store>& store() const { return store_; }
 
   // Whether every disagreement is seen on the board.
   bool board_shows_all() const { return board_ && local_.size() == names_.size(); }
