@@ -16,7 +16,7 @@ namespace {
 
 constexpr auto kLookEvery = milliseconds(20);     // liveness of neighbours and deadlines
 constexpr auto kTellAfter = std::chrono::seconds(1);  // when the store is told where this rank stands
-constexpr auto kDeathGrace = std::chrono::seconds(1);  // oneCCL may know of it sooner, and better
+constexpr auto kDeathGrace = std::chrono::seconds(1);  // its last messages may still be on their way
 // In every error that a peer's end may be the cause of, see PEER_IS_GONE in falcon_dist/contract.py.
 constexpr const char* kPeerIsGone = " (a peer is gone or out of reach)";
 
