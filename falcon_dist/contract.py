@@ -56,7 +56,7 @@ PEER_IS_GONE: Final = (
     *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe"),
     *("connection was closed", "recvValue failed", "Socket Timeout", "Timed out waiting", "peer is gone"),
 )
-"""What torch, gloo and oneCCL say in a rank whose peer has died."""
+"""What torch, gloo and oneCCL say in a rank whose peer has died; the last is ccl/src/executor.cpp's."""
 
 # torchrun's names, so that any torch.distributed program finds what it knows.
 RANK: Final = "RANK"

@@ -87,11 +87,14 @@ class Emergency:
         """Where a collective failed because a peer is gone: leaves the launcher time to ask and the answer its own.
 
         Returns:
-            Whether a peer is gone.
+            Whether a peer is gone; one is where the launcher asked, whatever the error says.
         """
         peer_is_gone = any(sign in str(error) for sign in PEER_IS_GONE)
-        if self._offered and peer_is_gone and self._asked.wait(EMERGENCY_WAIT_S):
+        if self._offered and peer_is_gone:
+            self._asked.wait(EMERGENCY_WAIT_S)
+        if self._asked.is_set():
             self._answered.wait()
+            return True
         return peer_is_gone
 
     def _answer(self, reader: socket.socket, save: Callable[[], tuple[Path, int]]) -> None:

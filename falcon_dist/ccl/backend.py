@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from torch._C._distributed_c10d import Backend, PrefixStore, ProcessGroupGloo, _DistributedBackendOptions
+from torch._C._distributed_c10d import Backend, PrefixStore, ProcessGroupGloo, Store, _DistributedBackendOptions
 from torch.distributed.constants import default_pg_timeout
 
 from falcon_dist.ccl.build import MODULE, ensure_built
@@ -37,17 +37,24 @@ def create(options: _DistributedBackendOptions, backend_options: Any = None) -> 
     """
     timeout = DEFAULT_TIMEOUT if options.timeout == default_pg_timeout else options.timeout
     ranks = list(options.global_ranks_in_group) or list(range(options.group_size))
-    module = load(lambda: find_place(options.store, options.group_rank, options.group_size, timeout))
+    store = _unused(options.store, options.group_size)
+    module = load(lambda: find_place(store, options.group_rank, options.group_size, timeout))
     created: Backend = module.create(
-        store=options.store,
+        store=store,
         rank=options.group_rank,
         size=options.group_size,
         timeout_s=timeout.total_seconds(),
         group=options.group_id or "default",
         global_ranks=ranks,
-        make_inner=lambda: _inner(options, timeout),
+        make_inner=lambda: _inner(store, options.group_rank, options.group_size, timeout),
     )
     return created
+
+
+def _unused(store: Store, size: int) -> Store:
+    """A part of the store into which no group that was opened under the same name before has written."""
+    opened = store.add("opened", 1)
+    return PrefixStore(f"opening-{(opened - 1) // size}", store)
 
 
 def load(place: Callable[[], Place]) -> ModuleType:
@@ -89,7 +96,7 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def _inner(options: _DistributedBackendOptions, timeout: timedelta) -> Backend:
+def _inner(store: Store, rank: int, size: int, timeout: timedelta) -> Backend:
     """The gloo group that carries send, recv and bitwise reductions, made at the first of them.
 
     It connects pairs lazily, so only the ranks that talk need to come.
@@ -98,6 +105,5 @@ def _inner(options: _DistributedBackendOptions, timeout: timedelta) -> Backend:
     settings = gloo._Options()
     settings._timeout = timeout
     settings._devices = [gloo.create_device(interface=os.environ[INTERFACE], lazy_init=True)]
-    store = PrefixStore("gloo", options.store)
-    inner: Backend = gloo(store, options.group_rank, options.group_size, settings)
+    inner: Backend = gloo(PrefixStore("gloo", store), rank, size, settings)
     return inner

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,26 @@ def test_flags_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ccl_build.recipe().key
     monkeypatch.setenv("CXXFLAGS", "-march=native")
     assert ccl_build.recipe().key != plain
+
+
+def test_the_loops_compile_with_the_oldest_compiler(tmp_path: Path) -> None:
+    """g++ 11 has no dispatcher for the levels of x86-64; where it is not installed, their absence is looked at."""
+    source = ccl_build.SOURCES / "kernels.cpp"
+    assert "target_clones(" not in source.read_text() + (ccl_build.SOURCES / "loops.inc").read_text()
+    compiler = shutil.which("g++-11") or shutil.which("g++")
+    assert compiler
+    argv = [compiler, "-std=c++20", "-O1", "-fsyntax-only" if compiler.endswith("g++") else "-c", str(source)]
+    subprocess.run([*argv, "-o", str(tmp_path / "kernels.o")], check=True)
+
+
+def test_of_two_ranks_that_enter_at_once_one_sees_the_other(tmp_path: Path) -> None:
+    """Each writes its call to the board and reads the other's: without a fence both reads may come too early."""
+    program = tmp_path / "board"
+    sources = [Path(__file__).parent / "board.cpp", ccl_build.SOURCES / "board.cpp"]
+    argv = ["g++", "-std=c++20", "-O2", f"-I{ccl_build.SOURCES}", *map(str, sources), "-pthread", "-o", str(program)]
+    subprocess.run(argv, check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0 of 20000 calls were missed by both"
 
 
 def test_loopback_goes_over_lo() -> None:

@@ -93,11 +93,15 @@ void write_stacks(const std::string& reason) {
   run_at_most(kWriting, writer);
 }
 
-void watch_for_alarm(const c10::intrusive_ptr<c10d::Store>& store) {
+void watch_for_alarm(c10d::Store& store) {
+  if (watched_store()) {
+    return;
+  }
+  auto own = store.clone();  // a connection: the look may hang on it
   Alarm& self = alarm_state();
   std::lock_guard<std::mutex> guard(self.lock);
   if (!self.store) {
-    self.store = store;
+    self.store = std::move(own);
     std::thread(look).detach();
   }
 }

@@ -19,7 +19,7 @@ void set_stack_writer(StackWriter writer);
 void write_stacks(const std::string& reason);
 
 // Starts looking for the other ranks' alarm in the store of the process's first group, every second.
-void watch_for_alarm(const c10::intrusive_ptr<c10d::Store>& store);
+void watch_for_alarm(c10d::Store& store);
 void stop_watching();
 
 // Tells the others, so that they write their stacks; returns when they have had the time to.

@@ -1,6 +1,7 @@
 #include "backend.h"
 
 #include <ATen/ops/view_as_real.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
 #include <algorithm>
@@ -39,13 +40,12 @@ std::string ranks_text(const std::vector<int64_t>& ranks) {
 }
 
 // oneCCL connects all processes when its first communicator is made and cannot meet new ones later.
-// True for that first group.
-bool check_first_group(const std::vector<int64_t>& ranks, const std::string& group) {
+// True where the group has all of them.
+bool check_members(const std::vector<int64_t>& ranks, const std::string& group) {
   Groups& all = groups();
   std::lock_guard<std::mutex> guard(all.lock);
   if (all.connected.empty()) {
     all.connected.insert(ranks.begin(), ranks.end());
-    return true;
   }
   for (const int64_t rank : ranks) {
     TORCH_CHECK_VALUE(
@@ -54,12 +54,17 @@ bool check_first_group(const std::vector<int64_t>& ranks, const std::string& gro
         ranks_text({all.connected.begin(), all.connected.end()}),
         "): open the group of all ranks first, with init_process_group(\"ccl\")");
   }
-  return false;
+  return all.connected.size() == ranks.size();
 }
 
 std::string interface_text() {
   const char* name = std::getenv("FI_TCP_IFACE");
   return name ? std::string(" (here FI_TCP_IFACE is ") + name + ")" : "";
+}
+
+template <typename T>
+void keep_for_ever(const std::shared_ptr<T>& object) {
+  (void)new std::shared_ptr<T>(object);
 }
 
 // A group in which oneCCL took two ranks for one would go on, and every rank keep its own data.
@@ -94,24 +99,26 @@ CclBackend::CclBackend(c10::intrusive_ptr<c10d::Store> store, int rank, int size
         DistBackendError,
         c10::str("rank ", global_ranks_.at(rank), " of group ", settings.group, ": a member of ",
                  ranks_text(global_ranks_), " did not come to open the group within ",
-                 settings.timeout.count() / 1000.0, " s: ", error.what_without_backtrace()));
+                 settings.timeout.count() / 1000.0, " s (a peer is gone or out of reach): ",
+                 error.what_without_backtrace()));
   }
-  executor_ = std::make_unique<Executor>(settings.group, global_ranks_.at(rank), peers_);
+  executor_ = std::make_shared<Executor>(settings.group, global_ranks_.at(rank), peers_);
   if (size > 1) {
-    watch_for_alarm(peers_->alarm_store());
-    const bool first = check_first_group(global_ranks_, settings.group);
+    watch_for_alarm(*store);
+    const bool everybody = check_members(global_ranks_, settings.group);
     options_->timeout = settings.timeout - std::chrono::duration_cast<milliseconds>(Clock::now() - started);
-    connect(store);
+    connect();
     options_->timeout = settings.timeout;
     const char* workers = std::getenv("CCL_WORKER_COUNT");
     if (!peers_->board_shows_all()) {
-      executor_->compare_calls([this](Agreement& agreement) {
+      executor_->compare_calls([communicator = communicator_.get()](Agreement& agreement) {
         agreement.event = ccl::allreduce(
-            agreement.values, agreement.values, 2, ccl::datatype::int64, ccl::reduction::min, *communicator_);
+            agreement.values, agreement.values, 2, ccl::datatype::int64, ccl::reduction::min, *communicator);
       });
     }
-    if (first && (!workers || std::string(workers) == "1")) {
-      // Opening the group sent a message between any two endpoints when there is one per rank.
+    if (everybody && (!workers || std::string(workers) == "1")) {
+      // Opening the group sent a message between any two endpoints when there is one per rank. They are made anew
+      // where all groups had been destroyed.
       peers_->meet("connected", settings.timeout);
       remove_shared_names();
     }
@@ -123,7 +130,7 @@ CclBackend::CclBackend(c10::intrusive_ptr<c10d::Store> store, int rank, int size
 
 // Communicators are made by a thread that can be left behind: inside, oneCCL spins until its peers answer,
 // and no deadline reaches there.
-void CclBackend::connect(const c10::intrusive_ptr<c10d::Store>& store) {
+void CclBackend::connect() {
   const Clock::time_point deadline = Clock::now() + options_->timeout;
   {
     // Other groups' operations make progress only while nobody holds the library.
@@ -134,12 +141,12 @@ void CclBackend::connect(const c10::intrusive_ptr<c10d::Store>& store) {
   }
   auto made = std::make_shared<std::promise<ccl::communicator>>();
   std::future<ccl::communicator> result = made->get_future();
-  std::thread([made, store, deadline, rank = rank_, size = size_] {
+  std::thread([made, store = peers_->store(), deadline, rank = rank_, size = size_] {
     std::lock_guard<std::mutex> library(library_lock());
     try {
       ccl::init();
       auto kvs = std::make_shared<StoreKvs>(
-          c10::make_intrusive<c10d::PrefixStore>("kvs", store->clone()), deadline);
+          c10::make_intrusive<c10d::PrefixStore>("kvs", store), deadline);
       auto communicator = ccl::create_communicator(size, rank, std::shared_ptr<ccl::kvs_interface>(kvs));
       check_exchange(communicator, rank, size);
       made->set_value(std::move(communicator));
@@ -152,7 +159,7 @@ void CclBackend::connect(const c10::intrusive_ptr<c10d::Store>& store) {
     reason = "oneCCL could not reach all members: check FI_TCP_IFACE and firewalls between the hosts";
   } else {
     try {
-      communicator_ = std::make_unique<ccl::communicator>(result.get());
+      communicator_ = std::make_shared<ccl::communicator>(result.get());
       return;
     } catch (const c10::Error& error) {
       reason = error.what_without_backtrace();
@@ -173,9 +180,10 @@ CclBackend::~CclBackend() {
 }
 
 void CclBackend::shutdown() {
-  if (!executor_) {
+  if (!executor_ || down_) {
     return;
   }
+  down_ = true;
   {
     std::lock_guard<std::mutex> guard(groups().lock);
     groups().executors.erase(executor_.get());
@@ -186,9 +194,9 @@ void CclBackend::shutdown() {
   const bool broken = !executor_->broken().empty();
   const bool ended = executor_->close(broken ? milliseconds(0) : options_->timeout);
   if (poisoned() || !ended) {
-    (void)communicator_.release();  // its destructor would wait for a peer
+    keep_for_ever(communicator_);  // its destructor would wait for a peer
     if (!ended) {
-      (void)executor_.release();
+      keep_for_ever(executor_);
     }
   } else if (communicator_) {
     std::lock_guard<std::mutex> library(library_lock());
@@ -256,7 +264,8 @@ WorkPtr CclBackend::allreduce_all(
     }
   }
   if (!tensors.empty()) {
-    builder.describe(total, tensors[0].scalar_type(), reduction_name(options.reduceOp));
+    const std::string sizes = tensors.size() > 1 ? digest(bytes_of(tensors)) + " " : "";
+    builder.describe(total, tensors[0].scalar_type(), sizes + reduction_name(options.reduceOp));
   }
   builder.outputs(tensors);
   const auto here = [](const Part& part) { return part.reduction.element.has_value(); };
@@ -269,12 +278,12 @@ WorkPtr CclBackend::allreduce_all(
     }
   }
   return builder.run(
-      [this, parts = std::move(parts)](Events& events) {
+      [communicator = communicator_.get(), parts = std::move(parts)](Events& events) {
         for (const Part& part : parts) {
-          if (communicator_) {
+          if (communicator) {
             void* data = part.memory.data_ptr();
             events.push_back(ccl::allreduce(
-                data, data, part.memory.numel(), part.reduction.dtype, part.reduction.operation, *communicator_));
+                data, data, part.memory.numel(), part.reduction.dtype, part.reduction.operation, *communicator));
           }
         }
       },
@@ -309,10 +318,10 @@ WorkPtr CclBackend::broadcast(Tensors& tensors, const c10d::BroadcastOptions& op
   builder.describe_bytes(static_cast<int64_t>(memory.nbytes()), "root " + std::to_string(options.rootRank));
   builder.outputs(tensors);
   return builder.run(
-      [this, memory, from = static_cast<int>(options.rootRank)](Events& events) {
-        if (communicator_ && memory.nbytes() > 0) {
+      [communicator = communicator_.get(), memory, from = static_cast<int>(options.rootRank)](Events& events) {
+        if (communicator && memory.nbytes() > 0) {
           events.push_back(
-              ccl::broadcast(memory.data_ptr(), memory.nbytes(), ccl::datatype::uint8, from, *communicator_));
+              ccl::broadcast(memory.data_ptr(), memory.nbytes(), ccl::datatype::uint8, from, *communicator));
         }
       },
       options.asyncOp);
@@ -327,25 +336,32 @@ WorkPtr CclBackend::reduce(Tensors& tensors, const c10d::ReduceOptions& options)
   if (reduction.average && root == rank_) {
     builder.average(memory);
   }
-  builder.describe(memory.numel(), tensor.scalar_type(), reduction_name(options.reduceOp));
+  builder.describe(
+      memory.numel(), tensor.scalar_type(), reduction_name(options.reduceOp) + (">" + std::to_string(root)));
   builder.outputs(tensors);
   return builder.run(
-      [this, memory, reduction, root](Events& events) {
-        if (communicator_ && memory.numel() > 0) {
+      [communicator = communicator_.get(), memory, reduction, root](Events& events) {
+        if (communicator && memory.numel() > 0) {
           void* data = memory.data_ptr();
           events.push_back(ccl::reduce(
-              data, data, memory.numel(), reduction.dtype, reduction.operation, root, *communicator_));
+              data, data, memory.numel(), reduction.dtype, reduction.operation, root, *communicator));
         }
       },
       options.asyncOp);
 }
 
 WorkPtr CclBackend::barrier(const c10d::BarrierOptions& options) {
+  // Not ccl::barrier: that returns when all have come, and the library is held until then.
   TaskBuilder builder(*this, c10d::OpType::BARRIER, "barrier", options.timeout);
+  Part token{builder.in_place(at::zeros({1}, at::kFloat)), reduction_of(c10d::ReduceOp::SUM, at::kFloat, "barrier")};
+  if (peers_->arena()) {
+    return allreduce_here(builder, {std::move(token)}, options.asyncOp);
+  }
   return builder.run(
-      [this](Events& events) {
-        if (communicator_) {
-          events.push_back(ccl::barrier(*communicator_));
+      [communicator = communicator_.get(), token](Events& events) {
+        if (communicator) {
+          void* data = token.memory.data_ptr();
+          events.push_back(ccl::allreduce(data, data, 1, token.reduction.dtype, token.reduction.operation, *communicator));
         }
       },
       options.asyncOp);

@@ -88,7 +88,7 @@ class CclBackend final : public c10d::Backend {
 
   struct Part;
 
-  void connect(const c10::intrusive_ptr<c10d::Store>& store);
+  void connect();
   WorkPtr allreduce_all(Tensors& tensors, const c10d::AllreduceOptions& options, c10d::OpType type);
   WorkPtr allreduce_here(class TaskBuilder& builder, std::vector<Part> parts, bool asynchronous);
   WorkPtr gather_all(
@@ -107,14 +107,24 @@ class CclBackend final : public c10d::Backend {
       const at::Tensor& to,
       std::vector<size_t> receive,
       bool asynchronous);
+  // The same after all ranks have compared their counts.
+  WorkPtr exchange_compared(
+      class TaskBuilder& builder,
+      const at::Tensor& from,
+      std::vector<size_t> send,
+      const at::Tensor& to,
+      std::vector<size_t> receive,
+      bool asynchronous);
   c10d::Backend& inner();
 
   const std::vector<int64_t> global_ranks_;
   const InnerFactory inner_factory_;
   const c10::intrusive_ptr<Options> options_;
   std::shared_ptr<Peers> peers_;
-  std::unique_ptr<Executor> executor_;
-  std::unique_ptr<ccl::communicator> communicator_;  // none in a group of one
+  // Kept for ever where a peer would be waited for. Operations hold plain pointers to both.
+  std::shared_ptr<Executor> executor_;
+  std::shared_ptr<ccl::communicator> communicator_;  // none in a group of one
+  bool down_ = false;
   std::mutex inner_lock_;
   c10::intrusive_ptr<c10d::Backend> inner_;
 };

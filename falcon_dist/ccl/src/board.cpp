@@ -16,6 +16,7 @@ struct Board::Lane {
     Signature signature;
   };
   alignas(64) std::atomic<uint64_t> newest;
+  std::atomic<uint64_t> finished;
   Entry ring[kRing];
 };
 
@@ -33,6 +34,12 @@ void Board::write(int rank, const Signature& signature) {
   std::memcpy(&entry.signature, &signature, sizeof(signature));
   entry.stamp.store(signature.sequence, std::memory_order_release);
   lane.newest.store(signature.sequence, std::memory_order_release);
+  // Who writes first and reads the others' entries then: of two ranks at least one sees the other's.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
+void Board::finish(int rank, uint64_t sequence) {
+  lanes_[rank].finished.store(sequence, std::memory_order_release);
 }
 
 std::optional<Signature> Board::read(int rank, uint64_t sequence) const {
@@ -51,6 +58,10 @@ std::optional<Signature> Board::read(int rank, uint64_t sequence) const {
 
 uint64_t Board::newest(int rank) const {
   return lanes_[rank].newest.load(std::memory_order_acquire);
+}
+
+uint64_t Board::finished(int rank) const {
+  return lanes_[rank].finished.load(std::memory_order_acquire);
 }
 
 }  // namespace falcon

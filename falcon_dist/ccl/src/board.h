@@ -17,12 +17,16 @@ class Board {
   explicit Board(char* memory);
 
   void write(int rank, const Signature& signature);
+  // This rank's part of operation `sequence` is done.
+  void finish(int rank, uint64_t sequence);
 
   // What `rank` wrote for operation `sequence`; nothing where it has not come or the entry was overwritten.
   std::optional<Signature> read(int rank, uint64_t sequence) const;
 
   // The newest operation `rank` has entered; 0 before the first.
   uint64_t newest(int rank) const;
+  // The newest operation of which `rank` has done its part; 0 before the first.
+  uint64_t finished(int rank) const;
 
  private:
   struct Lane;

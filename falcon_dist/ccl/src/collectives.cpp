@@ -25,13 +25,38 @@ void check_list(const Tensors& tensors, int size, const char* name) {
       "ccl ", name, ": a list of ", size, " tensors is needed, one per rank, not ", tensors.size());
 }
 
-std::vector<size_t> bytes_of(const Tensors& tensors) {
-  std::vector<size_t> bytes;
-  for (const at::Tensor& tensor : tensors) {
-    bytes.push_back(tensor.nbytes());
+// Signatures compare the ranks' own tensors, so the root's list has to be like its own.
+void check_even(const Tensors& list, const at::Tensor& own, const char* name) {
+  for (size_t rank = 0; rank < list.size(); ++rank) {
+    TORCH_CHECK_VALUE(
+        list[rank].nbytes() == own.nbytes(),
+        "ccl ", name, ": tensor ", rank, " of the list has ", list[rank].nbytes(), " bytes, the root's own tensor ",
+        own.nbytes(), "; all of them need one size");
   }
-  return bytes;
 }
+
+// Bytes between this rank and every other: its own view, and per rank what it told and heard (sent, expected).
+struct Counts {
+  std::vector<size_t> send;
+  std::vector<size_t> receive;
+  std::vector<int64_t> told;
+  std::vector<int64_t> heard;
+
+  // Which rank sees it otherwise; empty where none does.
+  std::string fault(const std::vector<int64_t>& names) const {
+    for (size_t rank = 0; rank < names.size(); ++rank) {
+      const auto sent = static_cast<size_t>(heard[2 * rank]);
+      const auto expected = static_cast<size_t>(heard[2 * rank + 1]);
+      if (sent != receive[rank]) {
+        return c10::str("rank ", names[rank], " sends ", sent, " bytes to this rank, which expects ", receive[rank]);
+      }
+      if (expected != send[rank]) {
+        return c10::str("rank ", names[rank], " expects ", expected, " bytes of this rank, which sends ", send[rank]);
+      }
+    }
+    return "";
+  }
+};
 
 // Splits of all_to_all_single in bytes; even when none are given.
 std::vector<size_t> bytes_of_splits(
@@ -74,15 +99,15 @@ WorkPtr CclBackend::gather_all(TaskBuilder& builder, Tensors& inputs, Tensors& o
       pairs.emplace_back(from, to);
     }
   }
-  builder.describe_bytes(total);
+  builder.describe_bytes(total, inputs.size() > 1 ? "sizes " + digest(bytes_of(inputs)) : "");
   builder.outputs(outputs);
   return builder.run(
-      [this, pairs = std::move(pairs)](Events& events) {
+      [communicator = communicator_.get(), size = size_, pairs = std::move(pairs)](Events& events) {
         for (const auto& [from, to] : pairs) {
-          if (communicator_) {
-            const std::vector<size_t> counts(size_, from.nbytes());
+          if (communicator) {
+            const std::vector<size_t> counts(size, from.nbytes());
             events.push_back(ccl::allgatherv(
-                from.data_ptr(), from.nbytes(), to.data_ptr(), counts, ccl::datatype::uint8, *communicator_));
+                from.data_ptr(), from.nbytes(), to.data_ptr(), counts, ccl::datatype::uint8, *communicator));
           } else {
             to.view(-1).copy_(from.view(-1));
           }
@@ -125,15 +150,16 @@ WorkPtr CclBackend::allgather(
   const std::vector<size_t> counts = bytes_of(outputs[0]);
   const at::Tensor from = builder.readable(inputs[0]);
   const at::Tensor to = builder.flat_output(outputs[0]);
-  builder.describe_bytes(static_cast<int64_t>(to.nbytes()));
+  const bool even = std::all_of(counts.begin(), counts.end(), [&](size_t count) { return count == counts[0]; });
+  builder.describe_bytes(static_cast<int64_t>(to.nbytes()), even ? "" : "sizes " + digest(counts));
   builder.outputs(outputs[0]);
   return builder.run(
-      [this, from, to, counts](Events& events) {
-        if (!communicator_) {
+      [communicator = communicator_.get(), from, to, counts](Events& events) {
+        if (!communicator) {
           to.copy_(from.view(-1));
         } else if (to.nbytes() > 0) {
           events.push_back(ccl::allgatherv(
-              from.data_ptr(), from.nbytes(), to.data_ptr(), counts, ccl::datatype::uint8, *communicator_));
+              from.data_ptr(), from.nbytes(), to.data_ptr(), counts, ccl::datatype::uint8, *communicator));
         }
       },
       options.asyncOp);
@@ -186,16 +212,17 @@ WorkPtr CclBackend::reduce_scatter_all(
     }
   }
   if (!inputs.empty()) {
-    builder.describe(total, inputs[0].scalar_type(), reduction_name(op));
+    const std::string sizes = inputs.size() > 1 ? digest(bytes_of(inputs)) + " " : "";
+    builder.describe(total, inputs[0].scalar_type(), sizes + reduction_name(op));
   }
   builder.outputs(outputs);
   return builder.run(
-      [this, parts = std::move(parts)](Events& events) {
+      [communicator = communicator_.get(), parts = std::move(parts)](Events& events) {
         for (const Part& part : parts) {
-          if (communicator_) {
+          if (communicator) {
             events.push_back(ccl::reduce_scatter(
                 part.from.data_ptr(), part.to.data_ptr(), part.to.numel(), part.reduction.dtype,
-                part.reduction.operation, *communicator_));
+                part.reduction.operation, *communicator));
           } else {
             part.to.view(-1).copy_(part.from.view(-1));
           }
@@ -249,13 +276,49 @@ WorkPtr CclBackend::exchange(
     std::vector<size_t> receive,
     bool asynchronous) {
   return builder.run(
-      [this, from, to, send = std::move(send), receive = std::move(receive)](Events& events) {
-        if (communicator_) {
+      [communicator = communicator_.get(), from, to, send = std::move(send), receive = std::move(receive)](
+          Events& events) {
+        if (communicator) {
           events.push_back(ccl::alltoallv(
-              from.data_ptr(), send, to.data_ptr(), receive, ccl::datatype::uint8, *communicator_));
+              from.data_ptr(), send, to.data_ptr(), receive, ccl::datatype::uint8, *communicator));
         } else {
           to.view(-1).copy_(from.view(-1));
         }
+      },
+      asynchronous);
+}
+
+// oneCCL believes every rank's own counts, so any two ranks tell each other theirs first.
+WorkPtr CclBackend::exchange_compared(
+    TaskBuilder& builder,
+    const at::Tensor& from,
+    std::vector<size_t> send,
+    const at::Tensor& to,
+    std::vector<size_t> receive,
+    bool asynchronous) {
+  ccl::communicator* const communicator = communicator_.get();
+  if (!communicator) {
+    return exchange(builder, from, std::move(send), to, std::move(receive), asynchronous);
+  }
+  const auto counts = std::make_shared<Counts>(Counts{std::move(send), std::move(receive), {}, {}});
+  counts->told.resize(2 * size_);
+  counts->heard.resize(2 * size_);
+  for (int rank = 0; rank < size_; ++rank) {
+    counts->told[2 * rank] = static_cast<int64_t>(counts->send[rank]);
+    counts->told[2 * rank + 1] = static_cast<int64_t>(counts->receive[rank]);
+  }
+  builder.follow([counts, from, to, communicator, names = global_ranks_](Events& events) {
+    const std::string fault = counts->fault(names);
+    if (fault.empty()) {
+      events.push_back(ccl::alltoallv(
+          from.data_ptr(), counts->send, to.data_ptr(), counts->receive, ccl::datatype::uint8, *communicator));
+    }
+    return fault;
+  });
+  return builder.run(
+      [counts, communicator](Events& events) {
+        events.push_back(
+            ccl::alltoall(counts->told.data(), counts->heard.data(), 2, ccl::datatype::int64, *communicator));
       },
       asynchronous);
 }
@@ -274,7 +337,7 @@ WorkPtr CclBackend::alltoall_base(
   const at::Tensor from = builder.readable(input);
   const at::Tensor to = builder.writable(output);
   builder.outputs({output});
-  return exchange(builder, from, std::move(send), to, std::move(receive), options.asyncOp);
+  return exchange_compared(builder, from, std::move(send), to, std::move(receive), options.asyncOp);
 }
 
 WorkPtr CclBackend::alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllToAllOptions& options) {
@@ -284,7 +347,7 @@ WorkPtr CclBackend::alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllT
   const at::Tensor from = builder.flat_input(inputs);
   const at::Tensor to = builder.flat_output(outputs);
   builder.outputs(outputs);
-  return exchange(builder, from, bytes_of(inputs), to, bytes_of(outputs), options.asyncOp);
+  return exchange_compared(builder, from, bytes_of(inputs), to, bytes_of(outputs), options.asyncOp);
 }
 
 WorkPtr CclBackend::gather(
@@ -301,6 +364,7 @@ WorkPtr CclBackend::gather(
   if (options.rootRank == rank_) {
     TORCH_CHECK_VALUE(outputs.size() == 1, "ccl gather: one output list is needed on the root");
     check_list(outputs[0], size_, "gather");
+    check_even(outputs[0], input, "gather");
     receive = bytes_of(outputs[0]);
     to = builder.flat_output(outputs[0]);
     builder.outputs(outputs[0]);
@@ -323,6 +387,7 @@ WorkPtr CclBackend::scatter(
   if (options.rootRank == rank_) {
     TORCH_CHECK_VALUE(inputs.size() == 1, "ccl scatter: one input list is needed on the root");
     check_list(inputs[0], size_, "scatter");
+    check_even(inputs[0], output, "scatter");
     send = bytes_of(inputs[0]);
     from = builder.flat_input(inputs[0]);
   }

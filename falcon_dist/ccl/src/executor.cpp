@@ -1,6 +1,5 @@
 #include "executor.h"
 
-#include <ATen/ThreadLocalState.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
@@ -17,7 +16,9 @@ namespace {
 
 constexpr auto kLookEvery = milliseconds(20);     // liveness of neighbours and deadlines
 constexpr auto kTellAfter = std::chrono::seconds(1);  // when the store is told where this rank stands
-constexpr auto kDeathGrace = std::chrono::seconds(1);  // a peer may have finished its part and left
+constexpr auto kDeathGrace = std::chrono::seconds(1);  // its last messages may still be on their way
+// In every error that a peer's end may be the cause of, see PEER_IS_GONE in falcon_dist/contract.py.
+constexpr const char* kPeerIsGone = " (a peer is gone or out of reach)";
 
 std::string seconds_text(Clock::duration duration) {
   std::ostringstream out;
@@ -76,13 +77,35 @@ CclWork::CclWork(int rank, uint64_t sequence, const Task& task)
       outputs_(task.outputs),
       future_(c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()))) {}
 
-void CclWork::complete(std::exception_ptr error) {
+c10::intrusive_ptr<c10::ivalue::Future> CclWork::getFuture() {
+  std::lock_guard<std::mutex> guard(handing_out_);
+  handed_out_ = true;
+  return future_;
+}
+
+void CclWork::settle(std::exception_ptr error) {
   if (error) {
     future_->setError(error);
   } else {
     future_->markCompleted(c10::IValue(outputs_));
   }
+}
+
+void CclWork::complete(std::exception_ptr error) {
+  settle(error);
   finish(error);
+}
+
+bool CclWork::complete_without_callbacks(std::exception_ptr error) {
+  {
+    std::lock_guard<std::mutex> guard(handing_out_);
+    if (handed_out_) {
+      return false;
+    }
+    settle(error);
+  }
+  finish(error);
+  return true;
 }
 
 Executor::Executor(std::string group, int64_t rank, std::shared_ptr<Peers> peers)
@@ -104,12 +127,8 @@ c10::intrusive_ptr<c10d::Work> Executor::run(Task task, bool asynchronous) {
   task.signature.sequence = ++sequence_;
   auto work = c10::make_intrusive<CclWork>(static_cast<int>(rank_), sequence_, task);
   if (asynchronous || running_ || !queue_.empty()) {
-    queue_.push_back({std::move(task), work});
-    if (!thread_.joinable()) {
-      thread_ = std::thread([this] { loop(); });
-    }
-    guard.unlock();
-    changed_.notify_all();
+    queue_.push_back({std::move(task), work, {}});
+    wake();
     return work;
   }
   running_ = true;
@@ -122,13 +141,25 @@ c10::intrusive_ptr<c10d::Work> Executor::run(Task task, bool asynchronous) {
   }
   guard.lock();
   running_ = false;
+  wake();
   guard.unlock();
-  changed_.notify_all();
   work->complete(error);
   if (error) {
     std::rethrow_exception(error);
   }
   return work;
+}
+
+// Called with mutex_ held: what is queued is taken up, or who waits for the end of it all is told.
+void Executor::wake() {
+  if (queue_.empty()) {
+    idle_.notify_all();
+    return;
+  }
+  if (in_callbacks_ == threads_.size() && !closed_) {
+    threads_.emplace_back([this] { loop(); });
+  }
+  ready_.notify_one();
 }
 
 void Executor::loop() {
@@ -137,33 +168,52 @@ void Executor::loop() {
   single_openmp_thread();
   std::unique_lock<std::mutex> guard(mutex_);
   for (;;) {
-    changed_.wait(guard, [this] { return closed_ || (!running_ && !queue_.empty()); });
+    ready_.wait(guard, [this] { return queue_.empty() ? closed_ : !running_; });
     if (queue_.empty()) {
       return;
     }
-    if (running_) {
-      continue;
-    }
-    Queued next = std::move(queue_.front());
-    queue_.pop_front();
-    running_ = true;
-    std::string broken = broken_;
-    guard.unlock();
-    std::exception_ptr error;
-    try {
-      TORCH_CHECK_WITH(
-          DistBackendError, broken.empty(), "group ", group_, " cannot be used any more: ", broken);
-      execute(next.task, true);
-    } catch (...) {
-      error = std::current_exception();
-    }
-    next.task = Task{};  // tensors are let go before anybody learns of the end
-    next.work->complete(error);
-    next.work.reset();
+    serve(guard);
+  }
+}
+
+// `guard` holds mutex_ before and after.
+void Executor::serve(std::unique_lock<std::mutex>& guard) {
+  std::optional<Queued> next(std::move(queue_.front()));
+  queue_.pop_front();
+  running_ = true;
+  const std::string broken = broken_;
+  guard.unlock();
+  const std::exception_ptr error = attempt(*next, broken);
+  next->task = Task{};  // tensors are let go before anybody learns of the end
+  const bool told = next->work->complete_without_callbacks(error);
+  if (!told) {
     guard.lock();
     running_ = false;
-    changed_.notify_all();
+    ++in_callbacks_;
+    wake();
+    guard.unlock();
+    next->work->complete(error);
   }
+  next.reset();  // what it holds of Python's may need the interpreter, so not under the lock
+  guard.lock();
+  if (told) {
+    running_ = false;
+  } else {
+    --in_callbacks_;
+  }
+  idle_.notify_all();
+}
+
+std::exception_ptr Executor::attempt(Queued& next, const std::string& broken) {
+  try {
+    TORCH_CHECK_WITH(
+        DistBackendError, broken.empty(), "group ", group_, " cannot be used any more: ", broken);
+    const at::ThreadLocalStateGuard as_caller(next.callers);
+    execute(next.task, true);
+  } catch (...) {
+    return std::current_exception();
+  }
+  return nullptr;
 }
 
 void Executor::execute(Task& task, bool own_thread) {
@@ -179,6 +229,7 @@ void Executor::execute(Task& task, bool own_thread) {
   try {
     take_off(*flight, task);
     poll(*flight, task, own_thread);
+    peers_->leave(mine);
     if (task.finish) {
       task.finish();
     }
@@ -186,7 +237,7 @@ void Executor::execute(Task& task, bool own_thread) {
     watched_.end();
     (void)flight.release();
     (void)new Task(std::move(task));  // its tensors too
-    give_up(mine, std::string("oneCCL reported: ") + error.what());
+    give_up(mine, std::string("oneCCL reported: ") + error.what() + (is_lonely(mine) ? kPeerIsGone : ""));
   } catch (...) {
     watched_.end();
     (void)flight.release();
@@ -231,7 +282,20 @@ bool Executor::finished(Flight& flight, const Task& task) {
   if (compared && (agreement.values[0] != agreement.mine[0] || agreement.values[1] != agreement.mine[1])) {
     give_up_disagreeing(task.signature);
   }
-  return !agreement.pending && flight.events.empty();
+  if (agreement.pending || !flight.events.empty()) {
+    return false;
+  }
+  if (!task.follow || flight.followed) {
+    return true;
+  }
+  flight.followed = true;
+  std::unique_lock<std::mutex> library(library_lock());
+  const std::string fault = task.follow(flight.events);
+  library.unlock();
+  if (!fault.empty()) {
+    give_up(task.signature, "but " + fault);
+  }
+  return flight.events.empty();
 }
 
 void Executor::poll(Flight& flight, const Task& task, bool own_thread) {
@@ -248,6 +312,18 @@ void Executor::poll(Flight& flight, const Task& task, bool own_thread) {
     backoff.pause(before, now);
     before = Clock::now();
   }
+}
+
+// Whether an error of oneCCL may be a broken connection: a peer of this host has ended, which is seen a moment
+// after its connections close, or some are on other hosts.
+bool Executor::is_lonely(const Signature& mine) const {
+  for (int tick = 0; tick < 10; ++tick) {
+    if (!peers_->board_shows_all() || peers_->dead(mine)) {
+      return true;
+    }
+    std::this_thread::sleep_for(milliseconds(20));
+  }
+  return false;
 }
 
 // Every rank learns of it at the same time and writes down what it had called; who it was is read there.
@@ -269,15 +345,16 @@ void Executor::look_around(const Signature& mine, Clock::time_point started, Clo
   if (const auto other = peers_->disagreement(mine)) {
     give_up(mine, "but " + *other);
   }
-  if (const auto gone = peers_->dead(); gone && waited > kDeathGrace) {
-    give_up(mine, "the process of " + *gone + " has ended");
+  if (const auto gone = peers_->dead(mine); gone && waited > kDeathGrace) {
+    give_up(mine, "the process of " + *gone + " has ended" + kPeerIsGone);
   }
   if (now >= deadline) {
     give_up_late(mine, waited);
   }
   if (waited > kTellAfter) {
     if (const auto failure = peers_->remote_failure()) {
-      give_up(mine, "another rank gave up first: " + *failure);
+      const bool said = failure->find(kPeerIsGone) != std::string::npos;
+      give_up(mine, "another rank gave up first: " + *failure + (said ? "" : kPeerIsGone));
     }
     if (const auto other = peers_->remote_disagreement(mine)) {
       give_up(mine, "but " + *other);
@@ -308,7 +385,7 @@ void Executor::give_up_late(const Signature& mine, Clock::duration waited) {
       "not finished within " + seconds_text(waited) + " s, " +
           (absent.empty() ? "though every rank has come: the network between them is blocked or too slow"
                           : "because these have not come: " + absent) +
-          store);
+          store + kPeerIsGone);
 }
 
 void Executor::give_up(const Signature& mine, const std::string& reason) {
@@ -327,23 +404,29 @@ void Executor::give_up(const Signature& mine, const std::string& reason) {
 
 bool Executor::drain(Clock::time_point deadline) {
   std::unique_lock<std::mutex> guard(mutex_);
-  return changed_.wait_until(guard, deadline, [this] { return !running_ && queue_.empty(); });
+  return idle_.wait_until(guard, deadline, [this] { return !running_ && queue_.empty() && in_callbacks_ == 0; });
 }
 
 bool Executor::close(milliseconds patience) {
   const bool drained = drain(Clock::now() + patience);
-  std::thread thread;
+  const std::string unfinished = "group " + group_ + " was destroyed while an operation was running";
+  std::vector<std::thread> threads;
   {
     std::lock_guard<std::mutex> guard(mutex_);
     closed_ = true;
-    thread.swap(thread_);
+    threads.swap(threads_);
+    if (!drained && broken_.empty()) {
+      broken_ = unfinished;  // what is still queued fails, and is not taken for done
+    }
   }
-  changed_.notify_all();
-  if (thread.joinable()) {
+  ready_.notify_all();
+  if (!drained) {
+    poison(unfinished);
+  }
+  for (std::thread& thread : threads) {
     if (drained) {
       thread.join();
     } else {
-      poison("group " + group_ + " was destroyed while an operation was running");
       thread.detach();
     }
   }

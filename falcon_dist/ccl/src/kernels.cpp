@@ -3,93 +3,69 @@
 #include <algorithm>
 #include <cstring>
 
-// One build serves every x86-64: the loader picks the widest version that the cpu has.
-#define FALCON_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-
 namespace falcon {
 
 namespace {
 
 constexpr size_t kBlock = 1024;  // elements accumulated at a time: 4 KiB of stack, in the first cache
 
-inline float widen(uint16_t bits) {
-  const uint32_t word = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &word, sizeof(value));
-  return value;
-}
+struct Loops {
+  void (*load)(const uint16_t* from, float* to, size_t count);
+  void (*store)(const float* from, uint16_t* to, size_t count);
+  void (*add)(float* sum, const float* from, size_t count);
+  void (*multiply)(float* sum, const float* from, size_t count);
+  void (*least)(float* sum, const float* from, size_t count);
+  void (*most)(float* sum, const float* from, size_t count);
+  void (*add_two_half)(
+      const uint16_t* a, const uint16_t* b, float scale, uint16_t* result, uint16_t* shared, size_t count);
+  void (*add_two)(const float* a, const float* b, float scale, float* result, float* shared, size_t count);
+  void (*divide)(float* sum, float divisor, size_t count);
+};
 
-// To nearest, ties to even; a NaN stays a quiet NaN.
-inline uint16_t narrow(float value) {
-  uint32_t word;
-  std::memcpy(&word, &value, sizeof(word));
-  const uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((word & 0x7fffffffu) > 0x7f800000u ? (word >> 16) | 0x40u : rounded);
-}
+// One build serves every x86-64. By hand, because target_clones takes no lists of features, takes levels
+// ("arch=x86-64-v4") from g++ 12 on only, and is half as fast with avx512f alone.
+namespace plain {
+#define FALCON_TARGET
+#include "loops.inc"
+#undef FALCON_TARGET
+}  // namespace plain
 
-FALCON_CLONES void load(const uint16_t* from, float* to, size_t count) {
-  for (size_t i = 0; i < count; ++i) {
-    to[i] = widen(from[i]);
-  }
-}
+namespace avx2 {
+#define FALCON_TARGET __attribute__((target("avx2,fma,bmi,bmi2")))
+#include "loops.inc"
+#undef FALCON_TARGET
+}  // namespace avx2
 
-FALCON_CLONES void store(const float* from, uint16_t* to, size_t count) {
-  for (size_t i = 0; i < count; ++i) {
-    to[i] = narrow(from[i]);
-  }
-}
+namespace avx512 {
+#define FALCON_TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi,bmi2")))
+#include "loops.inc"
+#undef FALCON_TARGET
+}  // namespace avx512
 
-#define FALCON_FOLD(name, expression)                                                          \
-  FALCON_CLONES void name(float* __restrict sum, const float* __restrict from, size_t count) { \
-    for (size_t i = 0; i < count; ++i) {                                                       \
-      const float a = sum[i], b = from[i];                                                     \
-      sum[i] = expression;                                                                     \
-    }                                                                                          \
-  }
-
-FALCON_FOLD(add, a + b)
-FALCON_FOLD(multiply, a* b)
-// A NaN on either side is the result, as torch.minimum has it.
-FALCON_FOLD(least, a != a ? a : (b < a || b != b ? b : a))
-FALCON_FOLD(most, a != a ? a : (b > a || b != b ? b : a))
-
-// The sum or the mean of two arrays in one pass: nothing is held between.
-FALCON_CLONES void add_two(
-    const uint16_t* a, const uint16_t* b, float scale, uint16_t* result, uint16_t* shared, size_t count) {
-#pragma GCC ivdep  // an output may be an input itself, but never shifted against it
-  for (size_t i = 0; i < count; ++i) {
-    const uint16_t low = narrow((widen(a[i]) + widen(b[i])) * scale);
-    result[i] = low;
-    shared[i] = low;
-  }
-}
-
-FALCON_CLONES void add_two(const float* a, const float* b, float scale, float* result, float* shared, size_t count) {
-#pragma GCC ivdep
-  for (size_t i = 0; i < count; ++i) {
-    const float sum = (a[i] + b[i]) * scale;
-    result[i] = sum;
-    shared[i] = sum;
-  }
-}
-
-FALCON_CLONES void divide(float* sum, float divisor, size_t count) {
-  for (size_t i = 0; i < count; ++i) {
-    sum[i] /= divisor;
-  }
+// The widest that this cpu has.
+const Loops& loops() {
+  static const Loops& chosen = []() -> const Loops& {
+    const bool half = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    const bool full = half && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return full ? avx512::kLoops : half ? avx2::kLoops : plain::kLoops;
+  }();
+  return chosen;
 }
 
 void fold_into(Fold operation, float* sum, const float* from, size_t count) {
   switch (operation) {
     case Fold::kSum:
     case Fold::kAverage:
-      return add(sum, from, count);
+      return loops().add(sum, from, count);
     case Fold::kProduct:
-      return multiply(sum, from, count);
+      return loops().multiply(sum, from, count);
     case Fold::kMin:
-      return least(sum, from, count);
+      return loops().least(sum, from, count);
     case Fold::kMax:
-      return most(sum, from, count);
+      return loops().most(sum, from, count);
   }
 }
 
@@ -114,10 +90,13 @@ void fold(
   const bool half = element == Element::kBfloat16;
   if (ranks == 2 && (operation == Fold::kSum || operation == Fold::kAverage)) {
     const float scale = operation == Fold::kAverage ? 0.5f : 1.0f;
-    return half ? add_two(as<const uint16_t>(inputs[0]), as<const uint16_t>(inputs[1]), scale, as<uint16_t>(result),
-                          as<uint16_t>(shared), count)
-                : add_two(as<const float>(inputs[0]), as<const float>(inputs[1]), scale, as<float>(result),
-                          as<float>(shared), count);
+    if (half) {
+      return loops().add_two_half(
+          as<const uint16_t>(inputs[0]), as<const uint16_t>(inputs[1]), scale, as<uint16_t>(result),
+          as<uint16_t>(shared), count);
+    }
+    return loops().add_two(
+        as<const float>(inputs[0]), as<const float>(inputs[1]), scale, as<float>(result), as<float>(shared), count);
   }
   const size_t width = bytes_of(element);
   for (size_t start = 0; start < count; start += kBlock) {
@@ -126,7 +105,7 @@ void fold(
     for (int rank = 0; rank < ranks; ++rank) {
       float* const into = rank == 0 ? sum : wide;
       if (half) {
-        load(as<const uint16_t>(inputs[rank] + offset), into, here);
+        loops().load(as<const uint16_t>(inputs[rank] + offset), into, here);
       } else if (rank == 0) {
         std::memcpy(sum, inputs[0] + offset, here * width);
       }
@@ -136,11 +115,11 @@ void fold(
       }
     }
     if (operation == Fold::kAverage) {
-      divide(sum, static_cast<float>(ranks), here);
+      loops().divide(sum, static_cast<float>(ranks), here);
     }
     const void* from = sum;
     if (half) {
-      store(sum, low, here);
+      loops().store(sum, low, here);
       from = low;
     }
     std::memcpy(result + offset, from, here * width);

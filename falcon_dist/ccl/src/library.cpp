@@ -126,6 +126,7 @@ void poison(const std::string& reason) {
   if (!self.poisoned) {
     self.poisoned_by = reason;
     self.poisoned = true;
+    remove_shared_names();  // such a process may leave by _exit
   }
 }
 

@@ -172,6 +172,12 @@ void Peers::arrive(const Signature& mine) {
   }
 }
 
+void Peers::leave(const Signature& mine) {
+  if (board_) {
+    board_->finish(rank_, mine.sequence);
+  }
+}
+
 std::optional<std::string> Peers::disagreement(const Signature& mine) const {
   if (!board_) {
     return std::nullopt;
@@ -185,9 +191,12 @@ std::optional<std::string> Peers::disagreement(const Signature& mine) const {
   return std::nullopt;
 }
 
-std::optional<std::string> Peers::dead() const {
+std::optional<std::string> Peers::dead(const Signature& mine) const {
   std::string text;
   for (const int other : local_) {
+    if (board_ && board_->finished(other) >= mine.sequence) {
+      continue;
+    }
     pollfd ended{pidfds_[other], POLLIN, 0};
     if (pidfds_[other] >= 0 && ::poll(&ended, 1, 0) == 1 && (ended.revents & POLLIN)) {
       text += (text.empty() ? "" : ", ") + name(other) + " (process " + std::to_string(pids_[other]) + ")";

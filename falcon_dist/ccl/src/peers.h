@@ -27,8 +27,8 @@ class Peers {
   Peers(const Peers&) = delete;
   Peers& operator=(const Peers&) = delete;
 
-  // What the process-wide alarm is given through; a connection of its own.
-  c10::intrusive_ptr<c10d::Store> alarm_store() const { return store_->clone(); }
+  // This group's own connection; nobody else waits on it once the group is open.
+  const c10::intrusive_ptr<c10d::Store>& store() const { return store_; }
 
   // Whether every disagreement is seen on the board.
   bool board_shows_all() const { return board_ && local_.size() == names_.size(); }
@@ -39,14 +39,16 @@ class Peers {
   // The fast way for all_reduce; null unless all ranks of the group share this host and its memory.
   Arena* arena() { return arena_ ? &*arena_ : nullptr; }
 
-  // Says on the board that this rank has entered an operation.
+  // Says on the board that this rank has entered an operation, or has done its part of it.
   void arrive(const Signature& mine);
+  void leave(const Signature& mine);
 
   // A neighbour on this host that entered another call as its operation of the same number.
   std::optional<std::string> disagreement(const Signature& mine) const;
 
-  // Ranks of this host whose process has ended: "rank 1 (process 77)"; nothing where all live.
-  std::optional<std::string> dead() const;
+  // Ranks of this host whose process has ended before their part of this operation was done:
+  // "rank 1 (process 77)"; nothing where there are none.
+  std::optional<std::string> dead(const Signature& mine) const;
 
   // The store side, for ranks of other hosts. The store may be as dead as a peer, so it is only ever spoken
   // to from a thread of its own; `look` starts one such conversation unless one is under way.

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 namespace falcon {
@@ -110,6 +111,24 @@ at::Tensor& single(Tensors& tensors, const char* name) {
       tensors.size() == 1, "ccl ", name, ": one tensor per rank is needed, not ", tensors.size());
   check_tensor(tensors[0], name);
   return tensors[0];
+}
+
+std::vector<size_t> bytes_of(const Tensors& tensors) {
+  std::vector<size_t> bytes;
+  for (const at::Tensor& tensor : tensors) {
+    bytes.push_back(tensor.nbytes());
+  }
+  return bytes;
+}
+
+std::string digest(const std::vector<size_t>& sizes) {
+  uint64_t value = 14695981039346656037ull;  // FNV-1a
+  for (const size_t size : sizes) {
+    value = (value ^ size) * 1099511628211ull;
+  }
+  char text[8];
+  std::snprintf(text, sizeof(text), "%05x", static_cast<unsigned>(value >> 44));
+  return text;
 }
 
 TaskBuilder::TaskBuilder(CclBackend& backend, c10d::OpType type, const char* name, milliseconds timeout)

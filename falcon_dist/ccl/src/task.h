@@ -23,6 +23,10 @@ void check_tensor(const at::Tensor& tensor, const char* name);
 // Refuses a list that does not have exactly one tensor. Throws c10::ValueError.
 at::Tensor& single(Tensors& tensors, const char* name);
 
+std::vector<size_t> bytes_of(const Tensors& tensors);
+// Five digits that tell lists of sizes apart, for signatures.
+std::string digest(const std::vector<size_t>& sizes);
+
 class TaskBuilder {
  public:
   TaskBuilder(CclBackend& backend, c10d::OpType type, const char* name, milliseconds timeout);
@@ -43,6 +47,8 @@ class TaskBuilder {
   void outputs(Tensors tensors) { task_.outputs = std::move(tensors); }
   void average(const at::Tensor& tensor);
 
+  // What is submitted when the events of `submit` are over.
+  void follow(std::function<std::string(Events&)> step) { task_.follow = std::move(step); }
   // `submit` hands the operation to oneCCL; `advance` is one that is carried out here.
   WorkPtr run(std::function<void(Events&)> submit, bool asynchronous);
   WorkPtr run_here(std::function<bool()> advance, bool asynchronous);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -249,9 +250,58 @@ def groups(gloo: dist.ProcessGroup) -> None:
     scattered: list[object] = [None]
     dist.scatter_object_list(scattered, [f"for {peer}" for peer in range(world)] if rank == 0 else None, src=0)
     assert scattered == [f"for {rank}"]
+    crossed(twins[0])
+    callbacks()
+    inference()
     dist.barrier()
     dist.destroy_process_group(twins[0])
     dist.barrier(group=twins[1])
+
+
+def crossed(twin: dist.ProcessGroup) -> None:
+    """Two groups, entered in another order by every other rank: a barrier of one does not hold up the other."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    tensors = [torch.ones(4, dtype=torch.float64) for _ in range(3)]
+    if rank % 2:
+        time.sleep(0.3)
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=twin)
+        dist.barrier()
+    else:
+        works = [dist.all_reduce(tensor, group=twin, async_op=True) for tensor in tensors]
+        dist.barrier()
+        for work in works:
+            work.wait()
+    for tensor in tensors:
+        same(tensor, torch.full((4,), float(world), dtype=torch.float64), "beside a barrier")
+
+
+def callbacks() -> None:
+    """What a future calls may wait for more of the same group, for what is queued behind it too."""
+    world = dist.get_world_size()
+    works = []
+
+    def again(done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+        works[1].wait()
+        dist.all_reduce(done.value()[0])
+        return dist.all_reduce(done.value()[0], async_op=True).get_future().wait()[0]
+
+    works.append(dist.all_reduce(torch.ones(4), async_op=True))
+    future = works[0].get_future().then(again)
+    works.append(dist.all_reduce(torch.ones(4), async_op=True))
+    same(future.wait(), torch.full((4,), float(world**3)), "all_reduce within a callback")
+
+
+def inference() -> None:
+    """A thread of the group works as its caller would."""
+    world = dist.get_world_size()
+    with torch.inference_mode():
+        turned = torch.ones(3, 4, dtype=torch.float64).t()
+        dist.all_reduce(turned, async_op=True).wait()
+        mean = torch.ones(3, dtype=torch.float64)
+        dist.all_reduce(mean, dist.ReduceOp.AVG, async_op=True).wait()
+        same(turned, torch.full((4, 3), float(world), dtype=torch.float64), "inference mode, strided")
+        same(mean, torch.ones(3, dtype=torch.float64), "inference mode, average")
 
 
 def main() -> None:

@@ -23,9 +23,41 @@ WRONG = {
 }
 
 
+def even_gather() -> None:
+    dist.gather(torch.ones(2), [torch.ones(2), torch.ones(3)] if dist.get_rank() == 0 else None, dst=0)
+
+
+def even_scatter() -> None:
+    dist.scatter(torch.ones(2), [torch.ones(2), torch.ones(3)] if dist.get_rank() == 0 else None, src=0)
+
+
+def exchange(sent: int, expected: int) -> None:
+    """So much for the other rank, and one number for this one."""
+    mine = [1, 1]
+    sends, receives = list(mine), list(mine)
+    sends[1 - dist.get_rank()], receives[1 - dist.get_rank()] = sent, expected
+    dist.all_to_all_single(torch.zeros(sum(receives)), torch.ones(sum(sends)), receives, sends)
+
+
+CALLS = {
+    "exchange": (lambda: exchange(3, 2), lambda: exchange(2, 2)),
+    "gather": (even_gather, even_gather),
+    "scatter": (even_scatter, even_scatter),
+    "ragged": (
+        lambda: dist.all_gather([torch.ones(2), torch.ones(3)], torch.ones(2)),
+        lambda: dist.all_gather([torch.ones(3), torch.ones(2)], torch.ones(2)),
+    ),
+    "root": (lambda: dist.reduce(torch.ones(1000), 0), lambda: dist.reduce(torch.ones(1000), 1)),
+    "barrier": (dist.barrier, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+}
+"""What rank 0 and rank 1 do where it is not an all_reduce that rank 0 waits in."""
+
+
 def misbehave(fault: str) -> None:
     """Rank 1."""
-    if fault == "die":
+    if fault in CALLS:
+        CALLS[fault][1]()
+    elif fault == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault == "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -61,6 +93,8 @@ def main() -> None:
         if fault == "mid-transfer":
             for _ in range(1000):
                 dist.all_reduce(torch.ones(8 << 20))
+        if fault in CALLS:
+            CALLS[fault][0]()
         dist.all_reduce(data, async_op=fault == "die").wait() if fault == "die" else dist.all_reduce(data)
     finally:
         print(f"failed after {time.monotonic() - started:.1f} s", flush=True)
