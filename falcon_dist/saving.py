@@ -51,6 +51,7 @@ class Saver:
         self._copies = Copies()
         self._compared = 0
         self._in_background: bool | None = None
+        # Of the newest save, where training waited for its end: the writer knows of one under way only.
         self._fault: str | None = None
         self._writer = Writer(self.team)
 
@@ -153,8 +154,7 @@ class Saver:
             facts=self._facts(),
         )
         self._writer.begin(job, partial(self._settle, step, tuple(self.monitor.points)))
-        if not self._in_background:
-            self._writer.finish()
+        self._fault = None if self._in_background else self._writer.finish()
 
     def _is_for_background(self, copied_bytes: int) -> bool:
         """Whether this rank writes from a copy; ranks need not agree, one without a copy waits for its own writing."""
