@@ -18,6 +18,14 @@ from falcon_dist.rows import IGNORED, Part
 from falcon_dist.world import World
 
 
+def perplexity_of(loss: float) -> float:
+    """e to the loss, infinite where that is more than a float holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOut:
     """Loss over the held-out rows, in nats a token."""
@@ -30,16 +38,16 @@ class HeldOut:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return perplexity_of(self.loss)
 
     def as_dict(self) -> dict[str, Any]:
-        """For result.json and base.json."""
+        """For result.json and base.json; JSON has no word for infinity, so such a perplexity is null."""
         return {
             "loss": self.loss,
             "standard_error": self.standard_error,
             "tokens": self.tokens,
             "records": self.records,
-            "perplexity": self.perplexity,
+            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
         }
 
     @classmethod
