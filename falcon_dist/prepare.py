@@ -19,6 +19,7 @@ from falcon_dist.engine.foreign import check_weights
 from falcon_dist.engine.native import ADAPTER_CONFIG, count_parameters, load_config, load_tokenizer
 from falcon_dist.masking import check_packing
 from falcon_dist.packaged import PREFIX, packaged_model
+from falcon_dist.trial import check_model
 
 PREPARED_FILE: Final = "prepared.json"
 
@@ -70,6 +71,7 @@ def prepare(config: TrainConfig, run_dir: Path, env: Mapping[str, str]) -> Prepa
     if getattr(plan, "quantization_config", None) is not None:
         raise UserError(f'model.name: its weights are quantised: "{config.model.name}"; train the one it was made from')
     check_packing(plan, config.data.packing_kind != "off")
+    check_model(config, plan)
     parameters = count_parameters(plan)
     print(f"model: {config.model.name}, {parameters:,} parameters", flush=True)
     tokenizer = load_tokenizer(model, config.model)
