@@ -190,14 +190,16 @@ class Saver:
     def _save_together(self, step: int) -> None:
         """Rank 0 commits; the others give what is theirs."""
         run, of_model = self.run, (self.model, self.tokenizer, self.optimizer)
+        meet = partial(self.team.meet, run.world.world_size)
         self._fault = together.save(
             self.team,
             run.checkpoints / checkpoint.folder_name(step),
             {"step": step, **self._facts()},
             total_bytes=run.strategy.saved_bytes(*of_model),
-            give=lambda folder: run.strategy.save(folder, *of_model),
+            give=lambda folder: run.strategy.save(folder, *of_model, meet=meet),
         )
         self._settle(step, tuple(self.monitor.points), self._fault)
+        meet()
 
     def _check_finite(self, step: int) -> None:
         """The loop looks at loss and gradients of a step after its update, where this step may never have come to."""
