@@ -211,7 +211,8 @@ def _fit(
         run.reporter.line(f"all {start} steps are done already")
         return start
     check_profile(run.config.report.profile, run.schedule.total_steps - start)
-    form = TrainingForm(model, choose(model.config, run.config.model, run.config.engine))
+    config = run.config
+    form = TrainingForm(model, choose(model.config, config.model, config.engine, config.strategy))
     run.reporter.line(form.line(run.config.engine.kind))
     with run.reporter.phase("train"), form.training():
         return _run_trainer(run, saver, form, start=start)

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from falcon_dist.config import EngineConfig, ModelConfig
+from falcon_dist.config import EngineConfig, ModelConfig, StrategyName
 from falcon_dist.contract import UserError
 from falcon_dist.engine.attention import SEGMENTS
 from falcon_dist.engine.head import LossHead
@@ -39,8 +39,8 @@ class Choice:
     """Why something is not the fast one, in a few words each."""
 
 
-def choose(plan: PreTrainedConfig, model: ModelConfig, engine: EngineConfig) -> Choice:
-    """Settles every "auto" for this architecture.
+def choose(plan: PreTrainedConfig, model: ModelConfig, engine: EngineConfig, strategy: StrategyName = "ddp") -> Choice:
+    """Settles every "auto" for this architecture; zero3 has a forward of its own for layers, and weights in parts.
 
     Raises:
         UserError: what was asked for does not fit the model.
@@ -63,7 +63,7 @@ def choose(plan: PreTrainedConfig, model: ModelConfig, engine: EngineConfig) -> 
         attention=SEGMENTS if fast else plain,
         chunked_head=engine.head != "plain" and not refusals["engine.head"],
         plain_attention=plain,
-        fast_layers=engine.kind == "native" and plan.model_type in FAMILIES,
+        fast_layers=engine.kind == "native" and plan.model_type in FAMILIES and strategy != "zero3",
         reasons=tuple(why for key, why in refusals.items() if why and auto[key]),
     )
 
