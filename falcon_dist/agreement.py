@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -32,6 +33,10 @@ _LEAST: Final = {
     "optim.weight_decay": 0,
     "report.log_every": 0,
     "report.profile": 0,
+}
+_SPANS: Final = {
+    "optim.warmup_share": (0, 1),
+    "seed": (0, 2**32 - 1),  # what every generator takes: numpy's is the narrowest
 }
 _ABOVE_0: Final = ("checkpoint.failure_hours", "loop.epochs", "optim.eps")
 _SHARES: Final = ("data.eval_share", "lora.dropout", "optim.beta1", "optim.beta2")
@@ -64,6 +69,11 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
             raise UserError(f'{key} must be above 0: "{value}"')
         if key in _SHARES and not 0 <= value < 1:
             raise UserError(f'{key} must be from 0 to below 1: "{value}"')
+        if key in _SPANS and not _SPANS[key][0] <= value <= _SPANS[key][1]:
+            least, most = _SPANS[key]
+            raise UserError(f'{key} must be from {least} to {most}: "{value}"')
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f'{key} must be finite: "{value}"')
 
 
 def check_zero_settings(config: TrainConfig) -> None:

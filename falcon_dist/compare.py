@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from falcon_dist.config import DataConfig, ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.dataset import prepare_rows
 from falcon_dist.engine.native import load_model, load_tokenizer
-from falcon_dist.evaluate import HeldOut, held_out
+from falcon_dist.evaluate import HeldOut, held_out, perplexity_of
 from falcon_dist.generate import Sampling, answer
 from falcon_dist.monitor import prompts_of, read_prompts
 from falcon_dist.prepare import find_model
@@ -153,7 +152,7 @@ def _side(
 
 def _gain_text(found: Comparison) -> str:
     gain = found.gain or 0.0
-    return f"{gain:+.4f} nats a token, perplexity x {math.exp(-gain):.3f}"
+    return f"{gain:+.4f} nats a token, perplexity x {perplexity_of(-gain):.3f}"
 
 
 def as_text(found: Comparison) -> str:

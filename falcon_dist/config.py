@@ -37,7 +37,7 @@ class ModelConfig:
     """Commit of a hub model."""
     attention: Attention = "auto"
     """How attention is computed while training. segments: the fused kernel inside each packed sample, no mask; sdpa or
-    eager: transformers' own with a mask over the row; auto: segments where the model allows it, else sdpa."""
+    eager: transformers' own with a mask over the row; auto: the first of these that the model has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

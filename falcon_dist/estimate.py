@@ -19,6 +19,7 @@ from falcon_dist.host_memory import total_bytes
 from falcon_dist.prepare import find_model
 from falcon_dist.settings import load
 from falcon_dist.strategy.memory import GIB, NEAREST, RankMemory, predict, usable
+from falcon_dist.trial import check_model
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -46,6 +47,7 @@ def estimate(argv: Sequence[str]) -> int:
             raise UserError(f'falcon estimate: --{name.replace("_", "-")} must be at least 1: "{getattr(args, name)}"')
     config = load(args.run, args.sets)
     plan = load_config(find_model(config.model), config.model)
+    check_model(config, plan)
     host = int(args.memory * GIB) if args.memory else total_bytes()
     world_size = args.nproc_per_node * args.nnodes
     found = _predictions(config, plan, world_size)

@@ -15,7 +15,16 @@ from falcon_dist.config import Precision
 from falcon_dist.loss import token_losses
 from falcon_dist.masking import Masking
 from falcon_dist.rows import IGNORED, Part
+from falcon_dist.team import Team
 from falcon_dist.world import World
+
+
+def perplexity_of(loss: float) -> float:
+    """e to the loss, infinite where that is more than a float holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,16 +39,16 @@ class HeldOut:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return perplexity_of(self.loss)
 
     def as_dict(self) -> dict[str, Any]:
-        """For result.json and base.json."""
+        """For result.json and base.json; JSON has no word for infinity, so such a perplexity is null."""
         return {
             "loss": self.loss,
             "standard_error": self.standard_error,
             "tokens": self.tokens,
             "records": self.records,
-            "perplexity": self.perplexity,
+            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
         }
 
     @classmethod
@@ -54,8 +63,10 @@ class HeldOut:
 
 
 @torch.no_grad()
-def held_out(model: PreTrainedModel, part: Part, world: World, precision: Precision) -> HeldOut:
-    """Every held-out row once, shared out over the ranks of the open process group."""
+def held_out(
+    model: PreTrainedModel, part: Part, world: World, precision: Precision, team: Team | None = None
+) -> HeldOut:
+    """Every held-out row once, shared out over the ranks of the open process group; in a run they are ``team``."""
     was_training = model.training
     model.eval()
     records = int(part.records.max()) + 1 if len(part) else 0
@@ -64,6 +75,10 @@ def held_out(model: PreTrainedModel, part: Part, world: World, precision: Precis
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-autocast"):
         for row in range(world.rank, len(part), world.world_size):
             _add_row(model, part.batch([row]), masking, sums)
+            if team:
+                team.get_on()
+    if team:
+        team.meet(world.world_size)
     dist.all_reduce(sums)
     model.train(was_training)
     return ratio(sums[0], sums[1])

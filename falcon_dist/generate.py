@@ -140,6 +140,12 @@ def reply(
     return Answer(text=text.strip(), tokens=len(new), seconds=time.monotonic() - start)
 
 
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling) -> str:
-    """The model's answer to one prompt that stands by itself."""
-    return reply(model, tokenizer, [{"role": "user", "content": prompt}], sampling).text
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    sampling: Sampling,
+    emit: Callable[[str], None] | None = None,
+) -> str:
+    """The model's answer to one prompt that stands by itself; ``emit`` receives the text as it comes."""
+    return reply(model, tokenizer, [{"role": "user", "content": prompt}], sampling, emit).text

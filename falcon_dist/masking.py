@@ -80,11 +80,11 @@ def leak(model: PreTrainedModel, *, length: int = 64, batch: int = 1, seed: int 
     """How far logits of sample B move when sample A before it in the row is replaced; 0.0 where nothing leaks."""
     generator = torch.Generator().manual_seed(seed)
     masking = Masking.of(model)
-    half = length // 2
-    tokens = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
+    half, vocabulary = length // 2, model.config.get_text_config().vocab_size
+    tokens = torch.randint(0, vocabulary, (batch, length), generator=generator)
     records = torch.arange(2).repeat_interleave(half).expand(batch, length).clone()
     other = tokens.clone()
-    other[:, :half] = torch.randint(0, model.config.vocab_size, (batch, half), generator=generator)
+    other[:, :half] = torch.randint(0, vocabulary, (batch, half), generator=generator)
     first, second = (
         model(input_ids=ids, use_cache=False, **masking.inputs(records)).logits[:, half:] for ids in (tokens, other)
     )

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from falcon_dist import checkpoint
@@ -15,13 +14,18 @@ from falcon_dist.generate import Sampling, answer
 from falcon_dist.monitor import Monitor, Point, Verdict, evaluation_lines, prompts_of, write_evaluation
 from falcon_dist.process_group import agree_on
 from falcon_dist.run import Run
+from falcon_dist.team import Team
 
 BASE_FILE: Final = "base.json"
 """What was measured before training, so that a resumed run need not measure it again."""
 
 
 def make_monitor(
-    run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chosen: checkpoint.Checkpoint | None
+    run: Run,
+    team: Team,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: checkpoint.Checkpoint | None,
 ) -> Monitor:
     """Evaluation along the way, going on from what the chosen checkpoint knows."""
 
@@ -35,7 +39,7 @@ def make_monitor(
         run.config.evaluate,
         total_steps=run.schedule.total_steps,
         points=[Point(*told) for told in chosen.facts.get("evaluations", ())] if chosen else (),
-        measure=lambda: measure(run, model, tokenizer, "evaluate"),
+        measure=lambda: measure(run, team, model, tokenizer, "evaluate"),
         tell=tell,
     )
 
@@ -58,7 +62,7 @@ def tell_early_stop(run: Run, monitor: Monitor, step: int) -> None:
         run.reporter.line(f"stopped early at step {step}: no lower held-out loss since step {monitor.best_step}")
 
 
-def measure_base(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def measure_base(run: Run, team: Team, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Figures of the model before training, where they are asked for; a resumed run finds them kept."""
     kept = run.folder / BASE_FILE
     found = agree_on(int(kept.is_file()))
@@ -66,29 +70,31 @@ def measure_base(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         return dict(json.loads(kept.read_text())) if run.world.is_main else {}
     if not run.config.evaluate.base:
         return {}
-    measured = measure(run, model, tokenizer, "evaluate base")
+    measured = measure(run, team, model, tokenizer, "evaluate base")
     if run.world.is_main:
         kept.write_text(json.dumps(measured, indent=1) + "\n")
     return measured
 
 
-def measure(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, phase: str) -> dict[str, Any]:
+def measure(
+    run: Run, team: Team, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, phase: str
+) -> dict[str, Any]:
     """Held-out loss by all ranks, answers by rank 0."""
     figures: dict[str, Any] = {}
     with run.reporter.phase(phase):
         if len(run.store.evaluation):
-            figures["held_out"] = held_out(model, run.store.evaluation, run.world, run.config.precision).as_dict()
-        figures["answers"] = _answers(run, model, tokenizer)
+            found = held_out(model, run.store.evaluation, run.world, run.config.precision, team)
+            figures["held_out"] = found.as_dict()
+        figures["answers"] = _answers(run, team, model, tokenizer)
     return figures
 
 
-def _answers(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Rank 0's answers; the others wait for each one, so that no wait is longer than one answer takes."""
+def _answers(run: Run, team: Team, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Rank 0's answers, which the others wait for."""
     prompts = prompts_of(run.config.evaluate) if run.world.is_main else ()
     sampling = Sampling(max_new_tokens=run.config.evaluate.max_new_tokens)
     found = {}
-    for number in range(agree_on(len(prompts))):
-        if run.world.is_main:
-            found[prompts[number]] = answer(model, tokenizer, prompts[number], sampling)
-        dist.barrier()
+    for prompt in prompts:
+        found[prompt] = answer(model, tokenizer, prompt, sampling, lambda _: team.get_on())
+    team.meet(run.world.world_size)
     return found

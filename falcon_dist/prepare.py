@@ -16,9 +16,10 @@ from falcon_dist.config import ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.dataset import describe, prepare_rows
 from falcon_dist.engine.foreign import check_weights
-from falcon_dist.engine.native import count_parameters, load_config, load_tokenizer
+from falcon_dist.engine.native import ADAPTER_CONFIG, count_parameters, load_config, load_tokenizer
 from falcon_dist.masking import check_packing
 from falcon_dist.packaged import PREFIX, packaged_model
+from falcon_dist.trial import check_model
 
 PREPARED_FILE: Final = "prepared.json"
 
@@ -61,10 +62,16 @@ def prepare(config: TrainConfig, run_dir: Path, env: Mapping[str, str]) -> Prepa
         return Prepared.read(run_dir, env)
     model = find_model(config.model)
     check_weights(model)
+    if (Path(model) / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f'model.name: adapters of a LoRA run, not a model: "{config.model.name}"; merge them into one first: '
+            f"falcon merge {config.model.name} --into FOLDER"
+        )
     plan = load_config(model, config.model)
     if getattr(plan, "quantization_config", None) is not None:
         raise UserError(f'model.name: its weights are quantised: "{config.model.name}"; train the one it was made from')
     check_packing(plan, config.data.packing_kind != "off")
+    check_model(config, plan)
     parameters = count_parameters(plan)
     print(f"model: {config.model.name}, {parameters:,} parameters", flush=True)
     tokenizer = load_tokenizer(model, config.model)

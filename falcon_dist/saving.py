@@ -51,6 +51,7 @@ class Saver:
         self._copies = Copies()
         self._compared = 0
         self._in_background: bool | None = None
+        # Of the newest save, where training waited for its end: the writer knows of one under way only.
         self._fault: str | None = None
         self._writer = Writer(self.team)
 
@@ -153,8 +154,7 @@ class Saver:
             facts=self._facts(),
         )
         self._writer.begin(job, partial(self._settle, step, tuple(self.monitor.points)))
-        if not self._in_background:
-            self._writer.finish()
+        self._fault = None if self._in_background else self._writer.finish()
 
     def _is_for_background(self, copied_bytes: int) -> bool:
         """Whether this rank writes from a copy; ranks need not agree, one without a copy waits for its own writing."""
@@ -190,14 +190,16 @@ class Saver:
     def _save_together(self, step: int) -> None:
         """Rank 0 commits; the others give what is theirs."""
         run, of_model = self.run, (self.model, self.tokenizer, self.optimizer)
+        meet = partial(self.team.meet, run.world.world_size)
         self._fault = together.save(
             self.team,
             run.checkpoints / checkpoint.folder_name(step),
             {"step": step, **self._facts()},
             total_bytes=run.strategy.saved_bytes(*of_model),
-            give=lambda folder: run.strategy.save(folder, *of_model),
+            give=lambda folder: run.strategy.save(folder, *of_model, meet=meet),
         )
         self._settle(step, tuple(self.monitor.points), self._fault)
+        meet()
 
     def _check_finite(self, step: int) -> None:
         """The loop looks at loss and gradients of a step after its update, where this step may never have come to."""

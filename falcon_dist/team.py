@@ -22,6 +22,10 @@ from falcon_dist.world import World
 SEEN_S: Final = 10.0
 """How long a file may take to be seen by the other hosts of a shared folder."""
 POLL_S: Final = 0.01
+LONGEST_POLL_S: Final = 0.2
+STALLED_S: Final = 1800.0
+"""How long ranks wait for others of which nothing is heard: the launcher, which ends them when a rank is gone, knows of
+no hang outside training."""
 
 
 class SaveError(Exception):
@@ -70,6 +74,30 @@ class Team:
         while not self.board.check(keys):
             time.sleep(POLL_S)
         return [json.loads(self.board.get(key)) for key in keys]
+
+    def get_on(self) -> None:
+        """Says that this rank is at work on what others may wait for."""
+        self.board.add("meeting/signs", 1)
+
+    def meet(self, world_size: int) -> None:
+        """Returns when all ranks have called it, however long that takes while signs come of some rank's work.
+
+        For work whose time differs between ranks: a collective ends at its time limit, whatever the others do.
+
+        Raises:
+            RuntimeError: there was no sign of any rank for STALLED_S.
+        """
+        number = self.board.add("meeting/ranks", 1)
+        wanted = -(-number // world_size) * world_size
+        heard, since, pause = (0, 0), time.monotonic(), POLL_S
+        while (here := self.board.add("meeting/ranks", 0)) < wanted:
+            told = (here, self.board.add("meeting/signs", 0))
+            if told != heard:
+                heard, since = told, time.monotonic()
+            elif time.monotonic() - since > STALLED_S:
+                raise RuntimeError(f"{wanted - here} of {world_size} ranks did not come, no sign for {STALLED_S:g} s")
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_POLL_S)
 
     @staticmethod
     def _check_done(text: bytes) -> None:

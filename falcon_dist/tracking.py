@@ -88,5 +88,5 @@ class Tracker(TrainerCallback):  # type: ignore[misc]
 
 def evaluation_logs(figures: Mapping[str, Any]) -> dict[str, float]:
     """The figures of an evaluation under the Trainer's names."""
-    found = figures.get("held_out")
-    return {"eval_loss": found["loss"], "eval_perplexity": found["perplexity"]} if found else {}
+    found = figures.get("held_out", {})
+    return {f"eval_{name}": found[name] for name in ("loss", "perplexity") if found.get(name) is not None}

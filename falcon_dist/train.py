@@ -141,13 +141,14 @@ def _train_in_group(run: Run, team: Team, seen: affinity.Observed, *, resume: bo
         stay_in_place(model)
         run.strategy.ready(model)
         changes = _optimized(run, model)
+        team.meet(run.world.world_size)  # one host may read its files sooner than another
         chosen = resume_point(run, team) if resume else None
-    before = measure_base(run, model, tokenizer)
+    before = measure_base(run, team, model, tokenizer)
     optimizer = run.strategy.make_optimizer(model)
     if chosen:
         with run.reporter.phase("load"):
             chosen = restore(run, team, chosen, model=model, tokenizer=tokenizer, optimizer=optimizer)
-    monitor = make_monitor(run, model, tokenizer, chosen)
+    monitor = make_monitor(run, team, model, tokenizer, chosen)
     last_step = _fit(run, model, tokenizer, optimizer, team=team, start=chosen.step if chosen else 0, monitor=monitor)
     saved = run.checkpoints / checkpoint.folder_name(last_step)
     result = RankResult(
@@ -163,7 +164,7 @@ def _train_in_group(run: Run, team: Team, seen: affinity.Observed, *, resume: bo
         return Trained(dataclasses.replace(result, status="stopped"), model)
     known = monitor.last is not None and monitor.last[0] == last_step
     with run.strategy.whole() if evaluates(run.config) and not known else nullcontext():
-        after = monitor.last[1] if known and monitor.last else measure(run, model, tokenizer, "evaluate tuned")
+        after = monitor.last[1] if known and monitor.last else measure(run, team, model, tokenizer, "evaluate tuned")
     lines = closing_lines(before, after, saved)
     run.reporter.summary(lines)
     figures = {"phases_s": run.reporter.phases, "base": before, "tuned": after, "engine": changes}
@@ -210,7 +211,8 @@ def _fit(
         run.reporter.line(f"all {start} steps are done already")
         return start
     check_profile(run.config.report.profile, run.schedule.total_steps - start)
-    form = TrainingForm(model, choose(model.config, run.config.model, run.config.engine))
+    config = run.config
+    form = TrainingForm(model, choose(model.config, config.model, config.engine, config.strategy))
     run.reporter.line(form.line(run.config.engine.kind))
     with run.reporter.phase("train"), form.training():
         return _run_trainer(run, saver, form, start=start)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from falcon_dist.engine.named import NamedOptimizer
+from falcon_dist.soundness import norm_of
 
 BLOCK: Final = 1 << 18
 """Elements worked on at once: their fp32 copies stay in the cache of a core."""
@@ -94,7 +95,7 @@ class Adafactor(NamedOptimizer):
             weights.copy_(fresh)
 
     def _shrink(self, slopes: Tensor) -> float:
-        norm = float(torch.linalg.vector_norm(slopes, dtype=torch.float32))
+        norm = float(norm_of([slopes]))  # in pieces: of a whole bf16 tensor the kernel makes an fp32 copy
         if not torch.isfinite(torch.tensor(norm)):
             raise FloatingPointError(f"the norm of a gradient is {norm}")
         return min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0

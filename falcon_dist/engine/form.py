@@ -1,6 +1,6 @@
 """The fast paths of a model: put on while it trains, taken off for everything else.
 
-Held-out figures and answers are computed in the plain form, transformers' own sdpa and logits, so what a run
+Held-out figures and answers are computed in the plain form, transformers' own attention and logits, so what a run
 claims never rests on the paths that it trained with.
 """
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from falcon_dist.config import EngineConfig, ModelConfig
+from falcon_dist.config import EngineConfig, ModelConfig, StrategyName
 from falcon_dist.contract import UserError
 from falcon_dist.engine.attention import SEGMENTS
 from falcon_dist.engine.head import LossHead
@@ -39,8 +39,8 @@ class Choice:
     """Why something is not the fast one, in a few words each."""
 
 
-def choose(plan: PreTrainedConfig, model: ModelConfig, engine: EngineConfig) -> Choice:
-    """Settles every "auto" for this architecture.
+def choose(plan: PreTrainedConfig, model: ModelConfig, engine: EngineConfig, strategy: StrategyName = "ddp") -> Choice:
+    """Settles every "auto" for this architecture; zero3 has a forward of its own for layers, and weights in parts.
 
     Raises:
         UserError: what was asked for does not fit the model.
@@ -51,16 +51,30 @@ def choose(plan: PreTrainedConfig, model: ModelConfig, engine: EngineConfig) -> 
         if why and asked[key]:
             value = getattr(model if key.startswith("model") else engine, key.partition(".")[2])
             raise UserError(f'{key}: "{value}" cannot be had: {why}; set {key}=auto')
+    if model.attention == "sdpa" and not _has_sdpa(plan):
+        raise UserError(
+            f'model.attention: "sdpa" cannot be had: transformers has none for "{plan.model_type}"; '
+            "set model.attention=auto"
+        )
     fast = model.attention in ("auto", SEGMENTS) and not refusals["model.attention"]
-    plain = "eager" if model.attention == "eager" else "sdpa"
+    plain = plain_attention(plan, model.attention)
     auto = {"model.attention": model.attention == "auto", "engine.head": engine.head == "auto"}
     return Choice(
         attention=SEGMENTS if fast else plain,
         chunked_head=engine.head != "plain" and not refusals["engine.head"],
         plain_attention=plain,
-        fast_layers=engine.kind == "native" and plan.model_type in FAMILIES,
+        fast_layers=engine.kind == "native" and plan.model_type in FAMILIES and strategy != "zero3",
         reasons=tuple(why for key, why in refusals.items() if why and auto[key]),
     )
+
+
+def plain_attention(plan: PreTrainedConfig, asked: str) -> str:
+    """transformers' own attention for this architecture: the one asked for, else sdpa where there is one."""
+    return asked if asked in ("sdpa", "eager") else "sdpa" if _has_sdpa(plan) else "eager"
+
+
+def _has_sdpa(plan: PreTrainedConfig) -> bool:
+    return bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(plan), None), "_supports_sdpa", False))
 
 
 def _no_segments(plan: PreTrainedConfig) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from falcon_dist.engine.linear import weight_gradient
+from falcon_dist.engine.linear import give_back, own_forward, weight_gradient
 from falcon_dist.rows import IGNORED
 
 CHUNK_BYTES: Final = 192 << 20
@@ -132,7 +132,7 @@ class LossHead:
 
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = layer
-        self._plain = layer.forward
+        self._plain, self._before = layer.forward, own_forward(layer)
         self._asked: tuple[Tensor, float] | None = None
         layer.forward = self._forward  # type: ignore[assignment,method-assign]
 
@@ -146,8 +146,8 @@ class LossHead:
             self._asked = None
 
     def remove(self) -> None:
-        """Gives the layer its own forward back."""
-        del self._layer.forward
+        """Gives the layer back what forward it had."""
+        give_back(self._layer, self._before)
 
     def _forward(self, hidden: Tensor) -> Tensor:
         if self._asked is None:

@@ -92,13 +92,27 @@ class FastLayers:
 
     def __init__(self, layers: Iterator[nn.Linear]) -> None:
         self._layers = list(layers)
+        self._before = [own_forward(layer) for layer in self._layers]
         for layer in self._layers:
             layer.forward = _forward_of(layer)  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        """Gives each layer its own forward back."""
-        for layer in self._layers:
-            del layer.forward
+        """Gives each layer back what forward it had."""
+        for layer, before in zip(self._layers, self._before, strict=True):
+            give_back(layer, before)
+
+
+def own_forward(layer: nn.Module) -> Any:
+    """The forward that was given to this very layer, or None: it has that of its class."""
+    return vars(layer).get("forward")
+
+
+def give_back(layer: nn.Module, before: Any) -> None:
+    """Undoes an assignment to ``layer.forward``; ``before`` is what ``own_forward`` said then."""
+    if before is None:
+        del layer.forward
+    else:
+        layer.forward = before
 
 
 def _forward_of(layer: nn.Linear) -> Any:

@@ -22,7 +22,7 @@ from falcon_dist.config import ModelConfig, Precision
 from falcon_dist.contract import UserError
 from falcon_dist.engine import foreign
 from falcon_dist.engine.attention import SEGMENTS, register
-from falcon_dist.engine.form import FAMILIES
+from falcon_dist.engine.form import FAMILIES, plain_attention
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 """What peft writes beside adapters."""
@@ -60,7 +60,7 @@ def load_model(source: Path | str, config: ModelConfig, precision: Precision) ->
         if precision != "bf16":
             raise UserError(f'precision: quantised weights run in bf16 only: "{precision}"; take another precision')
         ready(model)
-    model.config._attn_implementation = "eager" if config.attention == "eager" else "sdpa"
+    model.config._attn_implementation = plain_attention(model.config, config.attention)
     model.train()
     return model
 
@@ -98,9 +98,9 @@ def base_of(source: Path | str) -> str:
 def _attention(source: Path | str, config: ModelConfig) -> str:
     """The attention whose modules are made; those of segments know the plain way too."""
     register()
-    if config.attention == "auto" and load_config(source, config).model_type not in FAMILIES:
-        return "sdpa"
-    return SEGMENTS if config.attention == "auto" else config.attention
+    plan = load_config(source, config)
+    segments = config.attention == SEGMENTS or (config.attention == "auto" and plan.model_type in FAMILIES)
+    return SEGMENTS if segments else plain_attention(plan, config.attention)
 
 
 def load_tokenizer(source: Path | str, config: ModelConfig) -> PreTrainedTokenizerBase:

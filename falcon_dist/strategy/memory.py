@@ -1,7 +1,8 @@
 """Bytes that a rank and a host will need at most, told before anything is loaded, and what would fit instead.
 
 Weights, gradients and optimizer follow from the parameters' shapes. What forward keeps for backward is counted by
-sending a batch through the model on the meta device, where tensors have shapes but no memory.
+sending a batch through the model on the meta device, where tensors have shapes but no memory. Autocast, which passes by
+that device, is followed with fake tensors of the CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from falcon_dist.agreement import check_agreement
@@ -22,6 +24,7 @@ from falcon_dist.engine.adafactor import state_shapes
 from falcon_dist.engine.attention import register
 from falcon_dist.engine.form import Choice, choose
 from falcon_dist.engine.head import CHUNK_BYTES
+from falcon_dist.engine.native import WEIGHT_DTYPES
 from falcon_dist.masking import Masking
 from falcon_dist.monitor import evaluates
 from falcon_dist.strategy.lora import trained_parameters
@@ -87,18 +90,18 @@ def meta_model(plan: PreTrainedConfig, choice: Choice) -> PreTrainedModel:
 
 def predict(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> RankMemory:
     """What one rank of this run will hold."""
-    choice = choose(plan, config.model, config.engine)
+    choice = choose(plan, config.model, config.engine, config.strategy)
     model = meta_model(plan, choice).to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
     params = list(model.parameters())
     each = _WEIGHT_BYTES[config.precision]
     weights = sum(param.numel() for param in params) * each
-    working = _head_bytes(config, model, choice) + _widest_bytes(config, model)
+    working = _head_bytes(config, model, choice) + _widest_bytes(config, model, choice)
     adapters = trained_parameters(model, config.lora) if config.strategy == "lora" else 0
     common = {"activations": _kept_bytes(config, model), "working": working}
     if config.strategy == "lora":
         state = adapters * (12 if each == 2 else 8)
         grads = adapters * each * (2 if world_size > 1 else 1)
-        own = dataclasses.replace(_mapped(config, weights), gradients=grads, optimizer=state)
+        own = dataclasses.replace(_mapped(config, plan, weights), gradients=grads, optimizer=state)
         copied = _copied(config, adapters * each, state, world_size)
         return dataclasses.replace(own, weights=own.weights + adapters * each, snapshot=copied, **common)
     if config.strategy == "full-lowmem":
@@ -136,9 +139,11 @@ def _copied(config: TrainConfig, trained: int, optimizer: int, world_size: int) 
     return kept // world_size if config.checkpoint.background == "on" else 0
 
 
-def _mapped(config: TrainConfig, weights: int) -> RankMemory:
-    """Frozen weights: the file's pages where it has their dtype, which is taken to be bf16, else a copy."""
-    return RankMemory(mapped=weights) if config.precision == "bf16" else RankMemory(weights=weights)
+def _mapped(config: TrainConfig, plan: PreTrainedConfig, weights: int) -> RankMemory:
+    """Frozen weights: their files' pages where the model's config tells that these have their dtype, else a copy."""
+    of_files = str(plan.dtype).removeprefix("torch.")
+    same = of_files == str(WEIGHT_DTYPES[config.precision]).removeprefix("torch.")
+    return RankMemory(mapped=weights) if same else RankMemory(weights=weights)
 
 
 def _at_once(params: Iterable[Tensor], *, tied: bool) -> int:
@@ -156,21 +161,25 @@ def _factored(params: Iterable[Tensor]) -> int:
 
 
 def _head_bytes(config: TrainConfig, model: PreTrainedModel, choice: Choice) -> int:
-    """Logits and what becomes of them."""
+    """Logits and what becomes of them, and under autocast the layer's weights in bf16."""
     rows = config.loop.micro_batch * config.data.max_length
     vocabulary, width = model.get_output_embeddings().weight.shape
+    autocast = config.precision == "bf16-autocast"
+    copied = 2 * int(vocabulary) * int(width) if autocast else 0
     if not choice.chunked_head:
-        return rows * int(vocabulary) * (2 + 3 * 4)
-    logits = rows * int(vocabulary) * model.dtype.itemsize
+        return rows * int(vocabulary) * (2 + 3 * 4) + copied
+    logits = rows * int(vocabulary) * (2 if autocast else model.dtype.itemsize)
     chunk = min(logits, CHUNK_BYTES)
     summed = 0 if config.strategy == "lora" or logits <= CHUNK_BYTES else 8 * int(vocabulary) * int(width)
-    return int(chunk + summed)
+    return int(chunk + summed + copied)
 
 
-def _widest_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
-    """Gradients of the widest layer's input and output, while backward is there."""
+def _widest_bytes(config: TrainConfig, model: PreTrainedModel, choice: Choice) -> int:
+    """Gradients of the widest layer's input and output, while backward is there; a head in chunks is no such layer."""
     rows = config.loop.micro_batch * config.data.max_length
-    widest = max(max(p.shape) for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
+    head = model.get_output_embeddings().weight if choice.chunked_head else None
+    layers = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and p is not head]
+    widest = max(max(layer.shape) for layer in layers)
     return int(4 * rows * widest * model.dtype.itemsize)
 
 
@@ -186,6 +195,13 @@ def _kept_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
         Lora(config, World()).ready(model)
     if config.loop.grad_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    autocast = config.precision == "bf16-autocast"
+    place = FakeTensorMode() if autocast else torch.device("meta")
+    with place:
+        if autocast:
+            _make_fake(model)
+        ids = torch.zeros(config.loop.micro_batch, config.data.max_length, dtype=torch.int64)
+        beside = Masking.of(model).inputs(ids)
     known = {param.untyped_storage()._cdata for param in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -195,13 +211,22 @@ def _kept_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    with torch.device("meta"):
-        ids = torch.zeros(config.loop.micro_batch, config.data.max_length, dtype=torch.int64)
-        beside = Masking.of(model).inputs(ids)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16-autocast")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+    watched = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with place, watched, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model.base_model(input_ids=ids, use_cache=False, **beside)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def _make_fake(model: PreTrainedModel) -> None:
+    """Within FakeTensorMode: in the place of each tensor one that says it is on the CPU; tied ones stay one."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and tensor not in made:
+                    made[tensor] = torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+                if tensor is not None:
+                    table[name] = made[tensor]
 
 
 def fitting(config: TrainConfig, plan: PreTrainedConfig, world_size: int, ranks: int, host: int) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -102,8 +103,11 @@ class Replicated:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         optimizer: NamedOptimizer,
+        meet: Callable[[], None] | None = None,
     ) -> None:
         """Writes weights and state into ``folder``; called on every rank, only rank 0 has a folder.
+
+        ``meet`` returns when all ranks have called it: to wait for rank 0's disk longer than a collective may take.
 
         Raises:
             OSError: rank 0 cannot write; it has taken part in all that the others take part in.

@@ -7,7 +7,7 @@ when it is written, so nothing in them tells how many ranks there were.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from falcon_dist.config import StrategyName, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.adamw import decayed_groups
 from falcon_dist.engine.named import NamedOptimizer
-from falcon_dist.layout import parse_size
+from falcon_dist.layout import Shard, parse_size
 from falcon_dist.order import Schedule
 from falcon_dist.strategy.partitions import MASTER, MOMENTS, PartitionedAdamW, whole
 from falcon_dist.strategy.replicated import Replicated
@@ -35,6 +35,9 @@ BUCKET: Final = 25_000_000
 """Elements that are summed or gathered in one collective."""
 SMALL: Final = 10_000
 """Parameters of at most so many elements stay whole on every rank (zero3): norms and biases."""
+
+MEETING: Final = 256 << 20
+"""Bytes that rank 0 writes until the others wait for it anew: few enough for any disk in the time of a collective."""
 
 STAGES: Final[dict[StrategyName, int]] = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -98,11 +101,12 @@ class Zero1(Replicated):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         optimizer: NamedOptimizer,
+        meet: Callable[[], None] | None = None,
     ) -> None:
         """Rank 0 writes one tensor after the other, of which all ranks give their parts."""
         kept = self._described(model, tokenizer, optimizer)
         shards = kept.shards(writers=1, max_bytes=parse_size(self.config.checkpoint.max_shard_size))
-        left = iter([name for shard in shards for name in shard.tensors])
+        left = _in_order(shards, kept.tensors, meet or (lambda: None))
         live = self._live(model)
         try:
             if folder is not None:
@@ -191,6 +195,18 @@ class Zero3(Zero1):
                 yield
             finally:
                 add_hooks(self._engine)
+
+
+def _in_order(shards: Iterable[Shard], tensors: Mapping[str, Tensor], meet: Callable[[], None]) -> Iterator[str]:
+    """The names of all tensors; before the next one all ranks meet where rank 0 has written much, or a file's end."""
+    for shard in shards:
+        written = MEETING
+        for name in shard.tensors:
+            if written >= MEETING:
+                meet()
+                written = 0
+            yield name
+            written += tensors[name].nbytes
 
 
 def _gather_rest(live: Mapping[str, Tensor], names: Iterable[str]) -> None:

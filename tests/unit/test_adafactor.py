@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import SHAPES, falcon_7b, make_model
+from torch.profiler import ProfilerActivity, profile
 from transformers.optimization import Adafactor as Reference
 
 from falcon_dist.config import OptimConfig, TrainConfig
@@ -109,6 +110,16 @@ def test_a_weight_is_clipped_by_its_own_norm() -> None:
     optimizer = Adafactor([{"params": [weight]}], lr=1e-3, max_grad_norm=1.0)
     optimizer.step_one(weight, torch.full((4, 4), 100.0))
     assert torch.allclose(optimizer.state[weight]["row"], torch.full((4,), 1 / 16), rtol=1e-5)
+
+
+def test_no_copy_of_a_whole_gradient_is_made() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2048, 512, dtype=torch.bfloat16))
+    optimizer = Adafactor([{"params": [weight]}], lr=1e-3, max_grad_norm=1.0)
+    grad = torch.ones_like(weight)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        optimizer.step_one(weight, grad)
+    taken = [event.self_cpu_memory_usage for event in profiled.events()]
+    assert 0 < max(taken) <= 4 * adafactor.BLOCK < 4 * weight.numel()
 
 
 def test_accumulation_is_refused() -> None:

@@ -46,6 +46,13 @@ ODD = {
     'evaluate.patience must be at least 1 or "none": "0"': TrainConfig(evaluate=EvaluateConfig(patience=0, every=1)),
     'evaluate.every must be at least 0: "-1"': TrainConfig(evaluate=EvaluateConfig(every=-1)),
     "evaluate.patience counts evaluations along the way": TrainConfig(evaluate=EvaluateConfig(patience=1)),
+    'checkpoint.failure_hours must be finite: "inf"': TrainConfig(checkpoint=CheckpointConfig(failure_hours=math.inf)),
+    'loop.epochs must be finite: "inf"': TrainConfig(loop=LoopConfig(epochs=math.inf)),
+    'lora.alpha must be finite: "nan"': TrainConfig(lora=LoraConfig(alpha=math.nan)),
+    'optim.warmup_share must be from 0 to 1: "nan"': TrainConfig(optim=OptimConfig(warmup_share=math.nan)),
+    'optim.warmup_share must be from 0 to 1: "5.0"': TrainConfig(optim=OptimConfig(warmup_share=5.0)),
+    'seed must be from 0 to 4294967295: "-1"': TrainConfig(seed=-1),
+    'seed must be from 0 to 4294967295: "4294967296"': TrainConfig(seed=2**32),
     'lora.dropout must be from 0 to below 1: "1.0"': TrainConfig(lora=LoraConfig(dropout=1.0)),
 }
 

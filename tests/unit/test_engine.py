@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import SHAPES, VOCAB, falcon_rw, llama, make_model
 from torch import library
-from transformers import GPT2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, PreTrainedModel
 
-from falcon_dist.config import EngineConfig, ModelConfig
+from falcon_dist.config import DataConfig, EngineConfig, ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine import head
 from falcon_dist.engine.adamw import MasterAdamW
 from falcon_dist.engine.attention import SEGMENTS, register, segment_attention, spans
 from falcon_dist.engine.form import TrainingForm, choose
 from falcon_dist.engine.head import head_loss
+from falcon_dist.engine.native import load_model
 from falcon_dist.loss import token_losses
 from falcon_dist.masking import Masking, leak, positions
 from falcon_dist.rows import IGNORED
+from falcon_dist.strategy.memory import predict
 
 ROTARY = {**SHAPES, "falcon-rw": lambda: falcon_rw(alibi=False)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECORDS = torch.tensor([[0] * 20 + [1] * 30 + [2] * 14, [3] * 60 + [-1] * 4])
 BOUNDS = {"fp32": (2e-6, 5e-6, 1e-5), "bf16": (0.02, 0.03, 0.05)}
 """Largest relative error of logits, gradients and what five steps changed, in the Euclidean norm."""
+GEMMA2 = Gemma2Config(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=64,
+)
 
 
 def make_form(model: PreTrainedModel, **engine: str) -> TrainingForm:
@@ -193,3 +206,15 @@ def test_what_was_asked_for_and_cannot_be_had_is_refused() -> None:
         choose(falcon_rw(), ModelConfig(attention="segments"), EngineConfig())
     with pytest.raises(UserError, match=r'engine.head: "chunked" cannot be had'):
         choose(GPT2Config(), ModelConfig(), EngineConfig(head="chunked"))
+    with pytest.raises(UserError, match=r'model.attention: "sdpa" cannot be had: .*"gemma2"; set model.attention=auto'):
+        choose(GEMMA2, ModelConfig(attention="sdpa"), EngineConfig())
+
+
+def test_models_without_sdpa_train_by_eager_attention(tmp_path: Path) -> None:
+    chosen = choose(GEMMA2, ModelConfig(), EngineConfig())
+    assert (chosen.attention, chosen.plain_attention) == ("eager", "eager")
+    assert predict(TrainConfig(data=DataConfig(max_length=16)), GEMMA2, 1).activations > 0
+    AutoModelForCausalLM.from_config(GEMMA2).save_pretrained(tmp_path)
+    model = load_model(tmp_path, ModelConfig(name=str(tmp_path)), "fp32").eval()
+    assert model.config._attn_implementation == "eager"
+    assert leak(model) == 0.0

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from types import MethodType
 
 import pytest
 import torch
+from tiny_models import falcon_7b, make_model
 from torch import nn
 from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
+from falcon_dist.config import TrainConfig
 from falcon_dist.engine import linear
+from falcon_dist.engine.attention import SEGMENTS, register
+from falcon_dist.engine.form import TrainingForm, choose
+from falcon_dist.engine.head import LossHead
 from falcon_dist.engine.linear import FastLayers, trained_layers, weight_gradient
 from falcon_dist.engine.rotary import shared_heads
+from falcon_dist.strategy.choice import make_strategy
+from falcon_dist.world import World
 
 
 @pytest.fixture(params=[True, False], ids=["compiled", "no-compiler"])
@@ -63,6 +71,37 @@ def test_layers_give_what_they_gave_and_are_left_as_they_were() -> None:
     assert "forward" not in vars(model[0])
     for plain, ours in zip(*seen, strict=True):
         assert float((plain.float() - ours.float()).norm() / plain.float().norm()) < 0.005
+
+
+def test_a_forward_that_a_layer_was_given_before_is_given_back() -> None:
+    """As those of Falcon's layers under zero3, by which no weight is kept whole until backward."""
+    for put_on in (lambda layer: FastLayers(iter([layer])), LossHead):
+        layer = nn.Linear(8, 4, bias=False)
+        layer.forward = given = MethodType(nn.Linear.forward, layer)
+        put_on(layer).remove()
+        assert vars(layer)["forward"] is given
+        del layer.forward
+        put_on(layer).remove()
+        assert "forward" not in vars(layer)
+
+
+def test_zero3_has_no_fast_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "SMALLEST", 32)
+    monkeypatch.setattr(linear, "has_tiles", lambda: True)
+    register()
+    for strategy, gain in (("zero2", True), ("zero3", False)):
+        model = make_model(falcon_7b(), SEGMENTS).bfloat16()
+        config = TrainConfig(strategy=strategy)
+        make_strategy(config, World()).ready(model)
+        layer = model.transformer.h[0].mlp.dense_h_to_4h
+        before = layer.forward
+        form = TrainingForm(model, choose(model.config, config.model, config.engine, config.strategy))
+        with form.training():
+            assert (layer.forward != before) == gain
+            with form.plain():
+                assert layer.forward == before
+            assert (layer.forward != before) == gain
+        assert layer.forward == before
 
 
 def test_without_amx_every_layer_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,11 @@ from tiny_models import SHAPES, llama, make_model, write_model
 from transformers import FalconConfig, Qwen2Config
 
 from falcon_dist import host_memory
-from falcon_dist.config import DataConfig, LoopConfig, ModelConfig, Precision, StrategyName, TrainConfig
+from falcon_dist.config import DataConfig, EngineConfig, LoopConfig, ModelConfig, Precision, StrategyName, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.adafactor import Adafactor
 from falcon_dist.engine.form import TrainingForm, choose
-from falcon_dist.engine.native import load_model
+from falcon_dist.engine.native import WEIGHT_DTYPES, load_config, load_model
 from falcon_dist.estimate import estimate
 from falcon_dist.masking import Masking
 from falcon_dist.strategy.choice import make_strategy
@@ -24,6 +24,7 @@ from falcon_dist.strategy.memory import GIB, check_fits, predict
 from falcon_dist.world import World
 
 FALCON_7B = 6_921_720_704
+FALCON_IN_BF16 = FalconConfig(dtype="bfloat16")
 SMALL = TrainConfig(data=DataConfig(max_length=64), loop=LoopConfig(micro_batch=2))
 
 
@@ -34,20 +35,36 @@ def test_state_of_falcon_7b() -> None:
         assert found.optimizer == {"fp32": 8, "bf16": 12}[precision] * FALCON_7B
     low = predict(TrainConfig(strategy="full-lowmem"), FalconConfig(), 1)
     assert low.gradients == 2 * 2 * 65024 * 4544  # those of the tied embedding's two uses
-    lora = predict(TrainConfig(strategy="lora"), FalconConfig(), 1)
+    lora = predict(TrainConfig(strategy="lora"), FALCON_IN_BF16, 1)
     assert (lora.mapped, lora.weights) == (2 * FALCON_7B, 2 * 32 * 16 * (4544 + 4672))
     assert lora.on_host(4) < 2 * lora.total
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "lora", "full-lowmem"])
+@pytest.mark.parametrize(
+    ("strategy", "precision", "again"),
+    [
+        ("ddp", "bf16", False),
+        ("lora", "bf16", False),
+        ("full-lowmem", "bf16", False),
+        ("ddp", "fp32", False),
+        ("ddp", "bf16-autocast", False),
+        ("ddp", "bf16-autocast", True),
+        ("lora", "bf16-autocast", False),
+    ],
+)
 @pytest.mark.parametrize("shape", ["falcon-7b", "falcon-40b", "llama"])
-def test_activations_are_those_that_a_real_forward_keeps(shape: str, strategy: StrategyName) -> None:
-    config = dataclasses.replace(SMALL, strategy=strategy)
+def test_activations_are_those_that_a_real_forward_keeps(
+    shape: str, strategy: StrategyName, precision: Precision, again: bool
+) -> None:
+    loop = dataclasses.replace(SMALL.loop, grad_checkpointing=again)
+    config = dataclasses.replace(SMALL, strategy=strategy, precision=precision, loop=loop)
     plan = SHAPES[shape]()
     expected = predict(config, plan, 1).activations
-    model = make_model(plan, attention="segments").to(torch.bfloat16).train()
+    model = make_model(plan, attention="segments").to(WEIGHT_DTYPES[precision]).train()
     made = make_strategy(config, World())
     made.ready(model)
+    if again:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     kept = {param.untyped_storage().data_ptr(): 0 for param in model.parameters()}
     kept.update({buffer.untyped_storage().data_ptr(): 0 for buffer in model.buffers()})
 
@@ -57,10 +74,20 @@ def test_activations_are_those_that_a_real_forward_keeps(shape: str, strategy: S
 
     form = TrainingForm(model, choose(plan, config.model, config.engine))
     records = torch.zeros(2, 64, dtype=torch.int64)
-    with form.training(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-autocast")
+    with form.training(), autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         inputs = Masking.of(model).inputs(records)
         model.base_model(input_ids=torch.ones(2, 64, dtype=torch.int64), use_cache=False, **inputs)
     assert expected == pytest.approx(sum(kept.values()), rel=0.02)
+
+
+def test_a_head_in_chunks_is_no_wide_layer_and_a_plain_one_is() -> None:
+    tied, own = llama(vocab_size=4096), llama(vocab_size=4096, tie_word_embeddings=False)
+    assert predict(SMALL, tied, 1).working == predict(SMALL, own, 1).working
+    plain = dataclasses.replace(SMALL, engine=EngineConfig(head="plain"))
+    rows = 2 * 64
+    gained = predict(plain, own, 1).working - predict(plain, tied, 1).working
+    assert gained == 4 * rows * (4096 - 128) * 2
 
 
 def test_optimizer_bytes_are_those_that_it_holds() -> None:
@@ -82,18 +109,31 @@ def test_what_cannot_fit_is_refused_with_the_nearest_that_can() -> None:
         check_fits(TrainConfig(), FalconConfig(), world_size=2, ranks=2, host=8 * GIB)
     for host, strategy in ((24, "full-lowmem"), (16, "lora")):
         with pytest.raises(UserError, match=f"; set strategy={strategy}$"):
-            check_fits(TrainConfig(), FalconConfig(), world_size=1, ranks=1, host=host * GIB)
+            check_fits(TrainConfig(), FALCON_IN_BF16, world_size=1, ranks=1, host=host * GIB)
     lora = TrainConfig(strategy="lora")
-    assert check_fits(lora, FalconConfig(), world_size=2, ranks=2, host=24 * GIB).total > 12 * GIB
+    assert check_fits(lora, FALCON_IN_BF16, world_size=2, ranks=2, host=24 * GIB).total > 12 * GIB
 
 
-@pytest.mark.parametrize(("precision", "mapped"), [("bf16", True), ("fp32", False)])
+@pytest.mark.parametrize(
+    ("kept", "precision", "mapped"),
+    [
+        (torch.bfloat16, "bf16", True),
+        (torch.bfloat16, "fp32", False),
+        (torch.bfloat16, "bf16-autocast", False),
+        (torch.float16, "bf16", False),
+        (torch.float32, "bf16", False),
+        (torch.float32, "fp32", True),
+    ],
+)
 def test_weights_of_their_files_dtype_are_mapped_and_not_read(
-    tmp_path: Path, precision: Precision, mapped: bool
+    tmp_path: Path, kept: torch.dtype, precision: Precision, mapped: bool
 ) -> None:
-    model = make_model(llama()).to(torch.bfloat16)
+    model = make_model(llama()).to(kept)
     model.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path, ModelConfig(name=str(tmp_path)), precision)
+    told = ModelConfig(name=str(tmp_path))
+    found = predict(TrainConfig(strategy="lora", precision=precision), load_config(tmp_path, told), 1)
+    assert bool(found.mapped) == mapped
+    loaded = load_model(tmp_path, told, precision)
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     spans = [[int(end, 16) for end in line[0].split("-")] for line in lines]
     inside = [any(a <= param.data_ptr() < b for a, b in spans) for param in loaded.parameters()]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
+import pytest
 from saves.ranks import bare_run, bare_saver
 from torch.distributed import HashStore
 
-from falcon_dist import checkpoint, keeping
-from falcon_dist.config import CheckpointConfig
+from falcon_dist import checkpoint, keeping, tensor_file
+from falcon_dist.config import CheckpointConfig, Switch
+from falcon_dist.contract import UserError
 from falcon_dist.monitor import Point
 from falcon_dist.saving import Saver
 from falcon_dist.team import Team
@@ -62,3 +65,20 @@ def test_a_resumed_step_that_turns_out_to_be_the_best_is_kept_as_such(tmp_path: 
     saver.keep(4)
     assert (saver.run.checkpoints / "best").resolve().name == "step-000004"
     assert keeping.committed_steps(saver.run.checkpoints) == [4]
+
+
+@pytest.mark.parametrize("background", ["on", "off"])
+def test_the_last_save_that_fails_ends_the_run_and_one_before_it_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: str
+) -> None:
+    saver = saver_of(tmp_path, CheckpointConfig(background=cast("Switch", background)))
+    write = tensor_file.write
+    for full in (True, False, True):
+        place = (lambda path, *a: write(Path("/dev/full"), *a)) if full else write
+        monkeypatch.setattr(tensor_file, "write", place)
+        saver.save(2)
+        if not full:
+            saver.finish()
+    with pytest.raises(UserError, match=r"cannot write in .*No space left on device; .* go on with --resume"):
+        saver.finish()
+    assert keeping.committed_steps(saver.run.checkpoints) == [2]

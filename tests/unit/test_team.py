@@ -1,7 +1,17 @@
+import threading
+import time
+from types import SimpleNamespace
+
 import pytest
+import torch
+import torch.distributed as dist
 from torch.distributed import HashStore
 
+from falcon_dist import evaluate, measure, team
+from falcon_dist.config import EvaluateConfig, TrainConfig
+from falcon_dist.masking import Masking
 from falcon_dist.team import SaveError, Team
+from falcon_dist.world import World
 
 
 class Late:
@@ -24,6 +34,91 @@ def test_an_end_that_comes_while_it_is_looked_for_is_heard():
 
 
 def test_what_will_never_be_said_is_not_waited_for():
-    team = Team(board=Late('{"fault": "No space left on device"}'), rank=1, writers=(0, 1))
+    late = Team(board=Late('{"fault": "No space left on device"}'), rank=1, writers=(0, 1))
     with pytest.raises(SaveError, match="No space left"):
-        team.hear("7", "folder")
+        late.hear("7", "folder")
+
+
+def meeting(work, ranks=2):
+    """Has every rank, a thread, do its work; what went wrong with each."""
+    board, faults = HashStore(), {}
+
+    def live(rank):
+        try:
+            work(Team(board=board, rank=rank, writers=(0,)))
+        except RuntimeError as error:
+            faults[rank] = str(error)
+
+    threads = [threading.Thread(target=live, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return faults
+
+
+def test_ranks_meet_as_often_as_they_like_and_none_goes_ahead():
+    done = [0, 0, 0]
+
+    def work(me):
+        for turn in range(1, 4):
+            time.sleep(0.03 * me.rank)
+            done[me.rank] = turn
+            me.meet(3)
+            assert min(done) >= turn
+
+    assert meeting(work, 3) == {}
+    assert done == [3, 3, 3]
+
+
+@pytest.mark.parametrize("signs", [True, False])
+def test_who_gets_on_is_waited_for_and_who_hangs_is_not(monkeypatch, signs):
+    monkeypatch.setattr(team, "STALLED_S", 0.4)
+
+    def work(me):
+        for _ in range(16 if me.rank else 0):
+            time.sleep(0.05)
+            if signs:
+                me.get_on()
+        me.meet(2)
+
+    found = meeting(work)
+    assert found == ({} if signs else {0: "1 of 2 ranks did not come, no sign for 0.4 s"})
+
+
+def test_nobody_waits_for_rows_or_answers_of_others_in_a_collective(monkeypatch):
+    """A collective ends at its time limit; here there is no group at all."""
+    slow, reduced = [], []
+
+    def step(*_):
+        if threading.current_thread().name == "slow":
+            time.sleep(0.2)
+            slow.append(1)
+
+    monkeypatch.setattr(evaluate, "_add_row", step)
+    monkeypatch.setattr(evaluate, "ratio", lambda *_: "figures")
+    monkeypatch.setattr(Masking, "of", lambda _: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda _: reduced.append(len(slow)))
+    monkeypatch.setattr(measure, "answer", lambda *_: step() or "text")
+    config = TrainConfig(evaluate=EvaluateConfig(prompts=("a", "b")))
+    told = {}
+
+    class Rows:
+        records = torch.zeros(6, dtype=torch.int64)
+
+        def __len__(self):
+            return 6
+
+        def batch(self, _):
+            return {}
+
+    def work(me):
+        threading.current_thread().name = "quick" if me.rank else "slow"
+        world = World(rank=me.rank, world_size=2)
+        evaluate.held_out(torch.nn.Linear(1, 1), Rows(), world, "bf16", me)
+        run = SimpleNamespace(world=world, config=config)
+        told[me.rank] = measure._answers(run, me, None, None), len(slow)
+
+    assert meeting(work) == {}
+    assert reduced == [3, 3]
+    assert told == {0: ({"a": "text", "b": "text"}, 5), 1: ({}, 5)}

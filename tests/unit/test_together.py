@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Ranks:
             self.root / checkpoint.folder_name(step),
             {"step": step},
             total_bytes=self.strategy.saved_bytes(*self._state),
-            give=lambda folder: self.strategy.save(folder, *self._state),
+            give=lambda folder: self.strategy.save(folder, *self._state, meet=lambda: self.teams[rank].meet(3)),
         )
 
 
@@ -122,3 +123,27 @@ def test_what_rank_0_cannot_write_is_known_to_all_and_the_next_save_works(
         assert [path.name for path in ranks.root.iterdir()] == ["step-000001"]
     assert ranks.save(3) == [None] * 3
     assert checkpoint.newest_verified(ranks.root).newest.step == 3
+
+
+def test_no_rank_is_in_a_gather_while_rank_0_writes_to_the_disk(ranks: Ranks, monkeypatch) -> None:
+    """A gather ends at its time limit, a slow disk does not."""
+    shards = ranks.strategy._described(*ranks._state).shards(writers=1, max_bytes=100_000)
+    before = {name: number for number, shard in enumerate(shards) for name in shard.tensors}
+    real, gather, written, early = tensor_file.write, zero.whole, [], []
+
+    def write(path: Path, *args: Any) -> tensor_file.Told:
+        told = real(path, *args)
+        time.sleep(0.05)
+        written.append(path.name)
+        return told
+
+    def watched(live: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
+        if len(written) < before[key]:
+            early.append(key)
+        return gather(live, key)
+
+    monkeypatch.setattr(tensor_file, "write", write)
+    monkeypatch.setattr(zero, "whole", watched)
+    assert ranks.save(1) == [None] * 3
+    assert len(written) == len(shards) > 5
+    assert early == []

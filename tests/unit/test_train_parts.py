@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
 from falcon_dist.evaluate import ratio
 from falcon_dist.learning_rate import learning_rate_factor
 from falcon_dist.loss import count_labels, token_losses
+from falcon_dist.tracking import evaluation_logs
 from falcon_dist.train_state import parameter_names
 from falcon_dist.world import World
 
@@ -105,6 +107,15 @@ def test_standard_error_is_over_records() -> None:
     # two records of means 1 and 3: standard deviation sqrt(2), over sqrt(2) records
     assert result.standard_error == pytest.approx(1.0)
     assert result.perplexity == pytest.approx(math.exp(2))
+
+
+def test_a_perplexity_that_no_float_holds_is_infinite_and_null_in_json() -> None:
+    result = ratio(torch.tensor([7100.0]).double(), torch.tensor([10.0]).double())
+    assert result.perplexity == math.inf
+    assert ", perplexity inf (" in str(result)
+    figures = {"held_out": result.as_dict()}
+    assert json.loads(json.dumps(figures, allow_nan=False))["held_out"]["perplexity"] is None
+    assert evaluation_logs(figures) == {"eval_loss": 710.0}
 
 
 @pytest.mark.parametrize(
