@@ -281,7 +281,8 @@ def _line(typed: str, now: Now) -> str:
 
 def _which_model(words: Sequence[str], program: Sequence[str]) -> tuple[str, ...]:
     """The command of 2023 named no model: its script did."""
-    named = any(word.startswith(("--recipe", "--resume", "model.name=")) for word in words)
+    own = ("model.name=", "data.name=", "data.mix=")
+    named = any(word.startswith(("--recipe", "--resume", *own)) for word in words)
     told = "no model or recipe named: the demo is trained; Falcon-7B is --recipe falcon-7b"
     return () if named or program else (told,)
 

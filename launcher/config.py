@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 import falcon_dist
 from falcon_dist.agreement import check_agreement
-from falcon_dist.config import TrainConfig, Value, build, check_known, flatten, keys_of, parse_value
+from falcon_dist.config import TrainConfig, Value, build, check_known, flatten, keys_of, layered, own_of, parse_value
 from falcon_dist.contract import EMERGENCY_GRACE_S
 from launcher import earlier, jobsettings
 from launcher.errors import UserError
@@ -144,7 +144,7 @@ def load(flags: Flags) -> LaunchConfig:
         UserError: a file is missing or no TOML, a key is not known, a value does not fit, values contradict each other.
     """
     given = _from_flags(flags)
-    recipe = _recipe(flags.recipe or DEFAULT_RECIPE) if flags.recipe or not flags.program else {}
+    recipe, origin = _stood_upon(flags, given)
     folder, note = _resumed(flags.resume, recipe | given)
     values = earlier.settings(folder) if folder else {}
     program = flags.program or _saved_program(folder)
@@ -153,7 +153,7 @@ def load(flags: Flags) -> LaunchConfig:
     for key, other in (("launch.hosts", "launch.hostfile"), ("launch.hostfile", "launch.hosts")):
         if key in given:  # a resumed run may get other hosts, said in another way
             values.pop(other, None)
-    values |= given
+    values = layered(values, given)
     check_known(values, _known_keys())
     launch = _launch_settings(values, flags)
     if folder:
@@ -167,7 +167,7 @@ def load(flags: Flags) -> LaunchConfig:
         slurm=jobsettings.of(values),
         program=program,
         resume_from=str(folder) if folder else None,
-        notes=(*flags.notes, *((note,) if note else ())),
+        notes=(*flags.notes, *(told for told in (note, "" if folder else origin) if told)),
     )
 
 
@@ -228,6 +228,18 @@ def _check_launch(settings: LaunchSettings, values: Mapping[str, Value]) -> None
     if settings.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", settings.run_id):
         source = values["launch.run_id"].source
         raise UserError(f'{source}: run_id names a folder: "{settings.run_id}"; use letters, digits, ".", "_", "-"')
+
+
+def _stood_upon(flags: Flags, given: Mapping[str, Value]) -> tuple[dict[str, Value], str]:
+    """The recipe below the flags, and what the user should be told: the demo is taken whole or not at all."""
+    named = own_of(given)
+    if flags.recipe or not (flags.program or named):
+        return _recipe(flags.recipe or DEFAULT_RECIPE), ""
+    tables, defaults = {key.partition(".")[0] for key in named}, TrainConfig()
+    names = {"model": defaults.model.name, "data": defaults.data.name}
+    rest = "".join(f"; {table}.name is {name}" for table, name in names.items() if table not in tables)
+    told = f"{' and '.join(named)} given without a recipe: all else is at its default, nothing as in the demo{rest}"
+    return {}, "" if flags.program else told
 
 
 def _recipe(name: str) -> dict[str, Value]:
