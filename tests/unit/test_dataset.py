@@ -169,6 +169,21 @@ def test_records_that_cannot_be_used_are_counted_with_reason_and_line(tmp_path: 
     assert [fault["place"] for fault in written] == [f"{file}:2", f"{file}:3", f"{file}:5"]
 
 
+def test_half_a_surrogate_pair_makes_a_record_bad(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"id": 1, "text": "good"}\n{"id": 2, "text": "a\\ud800b"}\n{"id": "\\udfff", "text": "fine"}\n')
+    with pytest.raises(UserError, match=r'd.jsonl:2: half of a surrogate pair is no text: "\\ud800"; write whole '):
+        prepare_rows(DataConfig(name=str(file)), make_tokenizer())
+    with file.open("a") as more:
+        more.write('{"id": 4, "\\udbff": 3}\n')
+    config = DataConfig(name=str(file), on_bad="skip", key_field="id", eval_share=0.001)
+    store = prepare_rows(config, make_tokenizer())
+    assert store.facts["train"]["samples"] + store.facts["eval"]["samples"] == 1
+    assert f"skipped 2 records: half of a surrogate pair is no text ({file}:2, {file}:3)" in "\n".join(describe(store))
+    last = json.loads((store.path / "skipped.jsonl").read_text().splitlines()[2])
+    assert last["place"] == f"{file}:4"
+
+
 def test_only_the_first_places_are_printed_and_all_are_written(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text('{"text": "good"}\n' + "no\n" * 30)
