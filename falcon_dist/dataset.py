@@ -29,7 +29,7 @@ from falcon_dist.records import BadRecord, Fault, Passage, Record, check_text
 from falcon_dist.rows import MANIFEST, PackedStore, Parts, damaged_file, write_store
 from falcon_dist.sources import Source, find_eval_source, find_sources, mixed
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 """Rises when the same text would become other rows, or the store tells other facts."""
 SKIPPED_FILE: Final = "skipped.jsonl"
 """In the store: every record that was left out, with its place and the reason."""

@@ -249,6 +249,19 @@ def test_template_that_rewrites_earlier_turns_is_refused_for_answers_only() -> N
     assert render(MESSAGES, tokenizer, answers=False).text.startswith("5Be brief.")
 
 
+@pytest.mark.parametrize("said", ["Yes?", "  Yes? \n", "a", "end", "<"])
+def test_a_talk_may_begin_with_an_answer_however_short_or_trimmed(said: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'].strip()")
+    turns = [{"role": "assistant", "content": said}, {"role": "user", "content": said}]
+    text, answers = render([*turns, *turns[:1]], tokenizer, answers=True)
+    assert [text[start:end] for start, end in answers or ()] == [f"{said.strip()}<|end|>"] * 2
+    assert text.startswith("<|assistant|>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | replace('\\0', '') }}{% endfor %}"
+    with pytest.raises(UserError, match=r"no {% generation %} marks"):
+        render(turns, tokenizer, answers=True)
+
+
 def test_template_that_refuses_a_talk_makes_the_record_bad() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = find_template("falcon")
