@@ -123,7 +123,7 @@ def load_tokenizer(source: Path | str, config: ModelConfig) -> PreTrainedTokeniz
     """The model's tokenizer, with a padding token.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it has no end-of-text token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -133,6 +133,11 @@ def load_tokenizer(source: Path | str, config: ModelConfig) -> PreTrainedTokeniz
         raise UserError(
             f'model.name: cannot load the tokenizer of "{source}": {foreign.reason(source, error)}'
         ) from error
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f'model.name: no end-of-text token in the tokenizer of "{source}"; name one as "eos_token" in its '
+            "tokenizer_config.json"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
