@@ -25,6 +25,7 @@ from falcon_dist.prepare import find_model
 from falcon_dist.process_group import open_group
 from falcon_dist.rows import PackedStore
 from falcon_dist.settings import read_config
+from falcon_dist.sources import trained_on
 from falcon_dist.world import World
 
 SIDES: Final = ("base", "tuned")
@@ -107,7 +108,10 @@ def compare(argv: Sequence[str]) -> int:
         base, tuned = (_side(name, args, store, prompts, config.data.template) for name in (args.base, args.tuned))
     rows = len(store.evaluation) if store else 0
     found = Comparison(
-        data=config.data.eval_name or config.data.name if rows else None, rows=rows, base=base, tuned=tuned
+        data=(config.data.eval_name or ", ".join(trained_on(config.data))) if rows else None,
+        rows=rows,
+        base=base,
+        tuned=tuned,
     )
     text = FORMATS[args.format](found)
     if args.output:
@@ -130,7 +134,7 @@ def _settings(args: argparse.Namespace) -> TrainConfig:
 
 def _rows(config: TrainConfig, base: str) -> PackedStore | None:
     """The held-out rows, in the tokens of the base model."""
-    if not config.data.name:
+    if not any(trained_on(config.data)):
         return None
     model = ModelConfig(name=base)
     tokenizer = load_tokenizer(find_model(model), model)
