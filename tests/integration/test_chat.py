@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import RECIPE, launch
-from tiny_models import falcon_7b, make_model, make_tokenizer, write_model
+from tiny_models import falcon_7b, falcon_rw, make_model, make_tokenizer, write_model
 
 from falcon_dist import chat as chat_verb
 from falcon_dist.chat import chat
@@ -183,6 +183,34 @@ def test_compare_on_data_of_ones_own_and_into_a_file(folder: Path, tmp_path: Pat
     assert (values["gain"], values["base"]["held_out"]["records"]) == (0.0, 2)
     with pytest.raises(UserError, match="nothing to compare on"):
         compare([base, base])
+
+
+def test_models_with_alibi_are_measured_on_a_record_a_row(folder: Path, tmp_path: Path, capsys) -> None:
+    """Two records that would share a packed row: their losses are those that each has by itself."""
+    alibi, data = str(write_model(tmp_path / "alibi", falcon_rw())), tmp_path / "d.jsonl"
+    texts = ["What is a socket?", "Why pin cores?"]
+
+    def losses(*records: str) -> list[float]:
+        data.write_text("".join(json.dumps({"text": text}) + "\n" for text in records))
+        words = [alibi, str(folder / "base"), "--data", str(data), "--format", "json", "--precision", "fp32"]
+        assert compare(words) == 0
+        told = json.loads(capsys.readouterr().out)["base"]["held_out"]
+        return [told["loss"] * told["tokens"], told["tokens"]]
+
+    apart = [losses(text) for text in texts]
+    assert losses(*texts) == pytest.approx([sum(sums) for sums in zip(*apart, strict=True)])
+    with pytest.raises(UserError, match=r"set data\.packing=false"):
+        preview([str(data), "--model", alibi])
+    assert preview([str(data), "--model", alibi, "--set", "data.packing=false"]) == 0
+
+
+def test_compare_names_the_sets_of_a_mix(folder: Path, tmp_path: Path, capsys) -> None:
+    data = json.loads((folder / "runs/r/config.json").read_text())["train"]["data"]
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"train": {"data": {**data, "name": "unused", "mix": [f"{data['name']}=1"]}}}))
+    base = str(folder / "base")
+    assert compare([base, base, "--config", str(config)]) == 0
+    assert f" rows of {data['name']}:" in capsys.readouterr().out
 
 
 def test_preview_shows_rows_counts_lengths_and_duplicates(folder: Path, tmp_path: Path, capsys) -> None:
