@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_models import TEXT, make_tokenizer
 
+from falcon_dist import packaged
 from falcon_dist.config import DataConfig, MixUntil
 from falcon_dist.contract import UserError
 from falcon_dist.dataset import describe, prepare_rows
@@ -348,3 +349,20 @@ def test_held_out_records_without_any_loss_are_told_before_training(tmp_path: Pa
     config = DataConfig(name=str(own), eval_name=str(file), loss="answers", packing="off", max_length=4)
     with pytest.raises(UserError, match=r"data: no token of the .* carries loss; raise data\.max_length"):
         prepare_rows(config, make_tokenizer())
+
+
+def test_two_that_convert_a_package_at_once_both_have_it(cache: Path) -> None:
+    def make(partial: Path) -> None:
+        for folder in (partial, cache / "falcon-dist" / "model"):  # the second by another process meanwhile
+            folder.mkdir()
+            (folder / "config.json").write_text("{}")
+
+    path = packaged._cached("model", make)
+    assert [file.name for file in path.iterdir()] == ["config.json"]
+    assert not list(path.parent.glob("*.partial*"))
+
+    def fail(partial: Path) -> None:
+        assert not partial.exists()
+
+    with pytest.raises(FileNotFoundError):
+        packaged._cached("other", fail)
