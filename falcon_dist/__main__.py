@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -26,6 +27,7 @@ from falcon_dist.contract import (
 
 SPOKEN: Final = ("chat", "compare", "estimate", "merge", "preview", "push", "quantize")
 """Verbs for people: each a module with a function of its name."""
+EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 VERBS: Final = ("prepare", "train", *SPOKEN)
 
 
@@ -45,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave_failure(str(error))
         print(error, file=sys.stderr)
         return EXIT_UNSOUND
+    except KeyboardInterrupt:
+        if words[0] not in SPOKEN:
+            raise
+        return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the rank's last words, told once and then kept
         _leave_failure(f"{type(error).__name__}: {error}".splitlines()[0])
         traceback.print_exc()
