@@ -257,8 +257,8 @@ def _tell_json(prompt: str, say: Say) -> None:
 def _lines(terminal: bool) -> Iterator[str]:
     """Lines of input that say something, until STOP or the end; prompted for only on a terminal."""
     while True:
-        print("> " if terminal else "", end="", flush=True)
         try:
+            print("> " if terminal else "", end="", flush=True)
             line = sys.stdin.readline()
         except KeyboardInterrupt:
             if not terminal:
