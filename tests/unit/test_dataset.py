@@ -9,9 +9,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from tiny_models import TEXT, make_tokenizer
+from tiny_models import TEXT, make_tokenizer, write_model
 
 from falcon_dist import packaged
+from falcon_dist.__main__ import main
 from falcon_dist.config import DataConfig, MixUntil
 from falcon_dist.contract import UserError
 from falcon_dist.dataset import describe, prepare_rows
@@ -366,3 +367,24 @@ def test_two_that_convert_a_package_at_once_both_have_it(cache: Path) -> None:
 
     with pytest.raises(FileNotFoundError):
         packaged._cached("other", fail)
+
+
+def test_rows_of_a_recipe_are_prepared_for_runs_to_find(tmp_path: Path, cache: Path, capsys) -> None:
+    data, model = write(tmp_path / "d.jsonl", [{"text": t} for t in TEXT]), write_model(tmp_path / "model")
+    recipe = tmp_path / "recipes" / "r.toml"
+    recipe.parent.mkdir()
+    recipe.write_text(f'[model]\nname = "{model}"\n[data]\nname = "{data}"\nmax_length = 16\n')
+    assert main(["prepare", "--config", str(recipe), "--set", "data.max_length=8"]) == 0
+    assert " rows of 8, " in capsys.readouterr().out
+    assert [file.name for file in recipe.parent.iterdir()] == ["r.toml"]
+    (row_store,) = (cache / "falcon-dist" / "rows").iterdir()
+    run = tmp_path / "run"
+    run.mkdir()
+    settings = {"model": {"name": str(model)}, "data": {"name": str(data), "max_length": 8}}
+    (run / "config.json").write_text(json.dumps({"train": settings}))
+    for config in (run, run / "config.json"):
+        assert main(["prepare", "--config", str(config)]) == 0
+        assert json.loads((run / "prepared.json").read_text())["rows"] == str(row_store)
+        (run / "prepared.json").unlink()
+    with pytest.raises(SystemExit):
+        main(["prepare", "--config", str(run), "--resume"])
