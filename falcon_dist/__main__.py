@@ -6,7 +6,9 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from falcon_dist.contract import (
 
 SPOKEN: Final = ("chat", "compare", "estimate", "merge", "preview", "push", "quantize")
 """Verbs for people: each a module with a function of its name."""
+EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 VERBS: Final = ("prepare", "train", *SPOKEN)
 
 
@@ -45,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave_failure(str(error))
         print(error, file=sys.stderr)
         return EXIT_UNSOUND
+    except KeyboardInterrupt:
+        if words[0] not in SPOKEN:
+            raise
+        return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the rank's last words, told once and then kept
         _leave_failure(f"{type(error).__name__}: {error}".splitlines()[0])
         traceback.print_exc()
@@ -55,6 +62,8 @@ def _run(verb: str, words: list[str]) -> int:
     _quiet()
     if verb in SPOKEN:
         return int(getattr(importlib.import_module(f"falcon_dist.{verb}"), verb)(words))
+    if verb == "prepare":
+        return _prepare(words)
     parser = argparse.ArgumentParser(prog=f"python -m falcon_dist {verb}")
     parser.add_argument("--config", type=Path, required=True, help="a config.json of a run")
     parser.add_argument("--run-dir", type=Path, help="the run folder (default: the config's)")
@@ -64,17 +73,29 @@ def _run(verb: str, words: list[str]) -> int:
 
     config = read_config(args.config)
     folder = (args.run_dir or args.config.parent).resolve()
-    if verb == "prepare":
-        from falcon_dist.prepare import prepare
-
-        prepare(config, folder, os.environ)
-        return 0
     from falcon_dist.train import train
 
     result = train(config, folder, resume=args.resume).result
     if contract.RANK_DIR in os.environ:
         _keep(result, Path(os.environ[contract.RANK_DIR]))
     return EXIT_STOPPED if result.status == "stopped" else 0
+
+
+def _prepare(words: list[str]) -> int:
+    """Packs the rows of a recipe, for runs to find them; of a run, what its ranks need is told in its folder too."""
+    parser = argparse.ArgumentParser(prog="falcon prepare")
+    parser.add_argument("--config", required=True, metavar="RUN|RECIPE", help="a run folder or a recipe's name or file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as falcon-launch takes it")
+    parser.add_argument("--run-dir", type=Path, help="the run folder (default: the config's, of a recipe none)")
+    args = parser.parse_args(words)
+    from falcon_dist.prepare import prepare
+    from falcon_dist.settings import load
+
+    config, source = load(args.config, args.set), Path(args.config)
+    with tempfile.TemporaryDirectory() as nowhere:
+        beside = source if source.is_dir() else source.parent if source.suffix == ".json" else Path(nowhere)
+        prepare(config, (args.run_dir or beside).resolve(), os.environ)
+    return 0
 
 
 def _keep(result: RankResult, folder: Path) -> None:

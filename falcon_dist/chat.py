@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from falcon_dist.affinity import unfold
@@ -70,6 +72,7 @@ def chat(argv: Sequence[str]) -> int:
         bind(args.cpus)
     torch.manual_seed(args.seed)
     model, tokenizer = load(args.checkpoint or args.checkpoint_flag, args)
+    _check_system(args.system, tokenizer)
     talk = Talk(model, tokenizer, sampling, system=args.system)
     tell = _tell_json if args.json else _tell_text
     if prompts is not None:
@@ -81,12 +84,41 @@ def chat(argv: Sequence[str]) -> int:
         return 0
     if sys.stdin.isatty():
         print(HELP if tokenizer.chat_template else f"{HELP} The model has no chat template: each prompt is by itself.")
-    for prompt in _lines(sys.stdin.isatty()):
+    _go_on(talk, tell, terminal=sys.stdin.isatty())
+    return 0
+
+
+def _go_on(talk: Talk, tell: Tell, *, terminal: bool) -> None:
+    """Prompt after prompt; Ctrl-C on a terminal ends the answer that is being given, or at a prompt the talk."""
+    for prompt in _lines(terminal):
         if prompt == RESET:
             talk.reset()
-        else:
+            continue
+        try:
             tell(prompt, talk.say)
-    return 0
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print("\n[interrupted: this prompt is forgotten]", file=sys.stderr, flush=True)
+
+
+def _check_system(text: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where the model would never read the system's turn."""
+    if not text:
+        return
+    if not tokenizer.chat_template:
+        raise UserError(f'falcon chat: --system: the model has no chat template: "{text}"; give one with --template')
+    try:
+        prompt_text([_turn("system", text), _turn("user", "?")], tokenizer)
+    except TemplateError as error:
+        raise UserError(
+            f'falcon chat: --system: the chat template refuses it: "{text}": {error}; leave it out, or give another '
+            "template with --template"
+        ) from error
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
@@ -131,9 +163,8 @@ def load(source: str | None, args: argparse.Namespace) -> tuple[PreTrainedModel,
     """
     if source is None:
         raise UserError("falcon chat: which model? give a checkpoint folder, as runs/RUN/checkpoints/step-000500")
-    looks_local = "/" not in source or source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not source.startswith(PREFIX) and not Path(source).expanduser().is_dir():
-        raise UserError(f'falcon chat: no such folder: "{source}"')
+    if not source.startswith(PREFIX) and not Path(source).expanduser().is_dir():
+        _check_hub_name(source)
     config = ModelConfig(name=source)
     place = find_model(config)
     tokenizer = load_tokenizer(place, config)
@@ -145,6 +176,24 @@ def load(source: str | None, args: argparse.Namespace) -> tuple[PreTrainedModel,
         quantize_layers(model, args.quantize)
         ready(model)
     return model, tokenizer
+
+
+def _check_hub_name(name: str) -> None:
+    """Raises UserError for what is rather a folder that is not there.
+
+    Of a single word the hub is asked once here: without a network, transformers asks for a minute.
+    """
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local or not ("/" in name or _is_on_hub(name)):
+        raise UserError(f'falcon chat: no such folder: "{name}"')
+
+
+def _is_on_hub(name: str) -> bool:
+    from huggingface_hub import model_info, try_to_load_from_cache
+
+    with contextlib.suppress(Exception):  # whatever its client raises, the model is not to be had
+        return isinstance(try_to_load_from_cache(name, "config.json"), str) or bool(model_info(name, timeout=10))
+    return False
 
 
 class Talk:
@@ -161,7 +210,7 @@ class Talk:
         self._model = model
         self._tokenizer = tokenizer
         self._sampling = sampling
-        self._system = [{"role": "system", "content": system}] if system else []
+        self._system = [_turn("system", system)] if system else []
         self._turns: list[dict[str, str]] = []
 
     def reset(self) -> None:
@@ -169,22 +218,23 @@ class Talk:
         self._turns = []
 
     def say(self, prompt: str, emit: Callable[[str], None] | None = None) -> Answer:
-        """The model's answer, which becomes part of the talk."""
-        self._turns.append({"role": "user", "content": prompt})
-        while len(self._turns) > 1 and self._too_long():
-            del self._turns[:2]
-        found = reply(self._model, self._tokenizer, self._system + self._turns, self._sampling, emit)
-        self._turns.append({"role": "assistant", "content": found.text})
+        """The model's answer, which becomes part of the talk, and the prompt with it, when it is there."""
+        turns = [*self._turns, _turn("user", prompt)]
+        while len(turns) > 1 and self._too_long(turns):
+            del turns[:2]
+        found = reply(self._model, self._tokenizer, self._system + turns, self._sampling, emit)
+        self._turns = [*turns, _turn("assistant", found.text)]
         return found
 
-    def _too_long(self) -> bool:
+    def _too_long(self, turns: list[dict[str, str]]) -> bool:
         room = getattr(self._model.config, "max_position_embeddings", None)
-        text = prompt_text(self._system + self._turns, self._tokenizer)
+        text = prompt_text(self._system + turns, self._tokenizer)
         tokens = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         return room is not None and tokens + self._sampling.max_new_tokens > room
 
 
 Say = Callable[[str, Callable[[str], None] | None], Answer]
+Tell = Callable[[str, Say], None]
 
 
 def _tell_text(prompt: str, say: Say) -> None:
@@ -207,8 +257,14 @@ def _tell_json(prompt: str, say: Say) -> None:
 def _lines(terminal: bool) -> Iterator[str]:
     """Lines of input that say something, until STOP or the end; prompted for only on a terminal."""
     while True:
-        print("> " if terminal else "", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            print("> " if terminal else "", end="", flush=True)
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            line = ""
+            print()
         if not line or line.strip() == STOP:
             return
         if line.strip():

@@ -17,6 +17,8 @@ from falcon_dist.records import BadRecord, Passage
 FOLDER: Final = Path(__file__).parent / "templates"
 _MARKED: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What transformers takes for the begin of text that an assistant generates."""
+_CONTENT: Final = "\0content\0"
+"""What no text is."""
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -97,7 +99,7 @@ def _by_prefix(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Passag
     spans = []
     for at in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
         after = _rendered(messages[: at + 1], tokenizer).rstrip()
-        before = _rendered(messages[:at], tokenizer, invite=True) if at else after[: after.find(messages[0]["content"])]
+        before = _rendered(messages[:at], tokenizer, invite=True) if at else _begin_of_first(messages[0], tokenizer)
         if not (text.startswith(after) and after.startswith(before.rstrip())):
             raise UserError(
                 "data.template: the template writes earlier turns anew and has no {% generation %} marks, so answers "
@@ -105,3 +107,9 @@ def _by_prefix(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Passag
             )
         spans.append((min(len(before), len(after)), len(after)))
     return Passage(text, tuple(spans))
+
+
+def _begin_of_first(message: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands before the content of a talk's first message: content may be trimmed, or stand there as well."""
+    begin, found, _ = _rendered([{**message, "content": _CONTENT}], tokenizer).partition(_CONTENT)
+    return begin if found else _CONTENT

@@ -16,14 +16,16 @@ from falcon_dist.chat_template import set_template
 from falcon_dist.config import DataConfig, ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.dataset import prepare_rows
-from falcon_dist.engine.native import load_model, load_tokenizer
+from falcon_dist.engine.native import load_config, load_model, load_tokenizer
 from falcon_dist.evaluate import HeldOut, held_out, perplexity_of
 from falcon_dist.generate import Sampling, answer
+from falcon_dist.masking import uses_alibi
 from falcon_dist.monitor import prompts_of, read_prompts
 from falcon_dist.prepare import find_model
 from falcon_dist.process_group import open_group
 from falcon_dist.rows import PackedStore
 from falcon_dist.settings import read_config
+from falcon_dist.sources import trained_on
 from falcon_dist.world import World
 
 SIDES: Final = ("base", "tuned")
@@ -96,17 +98,21 @@ def compare(argv: Sequence[str]) -> int:
         raise UserError(f'falcon compare: --max-length must be at least 1: "{args.max_length}"')
     config = _settings(args)
     prompts = (*args.prompt, *(read_prompts(args.prompts) if args.prompts else prompts_of(config.evaluate)))
-    store = _rows(config, args.base)
+    models = [_model(name, config) for name in (args.base, args.tuned)]
+    store = _rows(config, models)
     if not prompts and not (store and len(store.evaluation)):
         raise UserError(
             f'falcon compare: nothing to compare on: "{args.tuned}" is of no run with held-out rows; '
             "give --data or --prompt"
         )
     with open_group(World(), {}):
-        base, tuned = (_side(name, args, store, prompts, config.data.template) for name in (args.base, args.tuned))
+        base, tuned = (_side(model, args, store, prompts, config.data.template) for model in models)
     rows = len(store.evaluation) if store else 0
     found = Comparison(
-        data=config.data.eval_name or config.data.name if rows else None, rows=rows, base=base, tuned=tuned
+        data=(config.data.eval_name or ", ".join(trained_on(config.data))) if rows else None,
+        rows=rows,
+        base=base,
+        tuned=tuned,
     )
     text = FORMATS[args.format](found)
     if args.output:
@@ -127,27 +133,39 @@ def _settings(args: argparse.Namespace) -> TrainConfig:
     return dataclasses.replace(config, data=data)
 
 
-def _rows(config: TrainConfig, base: str) -> PackedStore | None:
-    """The held-out rows, in the tokens of the base model."""
-    if not config.data.name:
+def _model(name: str, config: TrainConfig) -> ModelConfig:
+    """A model that was named; the one that the run trained is meant at the run's commit."""
+    return ModelConfig(name=name, revision=config.model.revision if name == config.model.name else None)
+
+
+def _rows(config: TrainConfig, models: Sequence[ModelConfig]) -> PackedStore | None:
+    """The held-out rows, in the tokens of the base model; a record a row where packed ones would see each other."""
+    if not any(trained_on(config.data)):
         return None
-    model = ModelConfig(name=base)
-    tokenizer = load_tokenizer(find_model(model), model)
-    set_template(tokenizer, config.data.template)
-    return prepare_rows(config.data, tokenizer)
+    data = config.data
+    if any(uses_alibi(load_config(find_model(model), model)) for model in models):
+        data = dataclasses.replace(data, packing="off")
+    tokenizer = load_tokenizer(find_model(models[0]), models[0])
+    set_template(tokenizer, data.template)
+    return prepare_rows(data, tokenizer)
 
 
 def _side(
-    name: str, args: argparse.Namespace, store: PackedStore | None, prompts: Sequence[str], template: str | None
+    config: ModelConfig,
+    args: argparse.Namespace,
+    store: PackedStore | None,
+    prompts: Sequence[str],
+    template: str | None,
 ) -> Side:
-    config = ModelConfig(name=name)
     place = find_model(config)
     tokenizer = load_tokenizer(place, config)
     set_template(tokenizer, template)
     model = load_model(place, config, args.precision).eval()
     measured = held_out(model, store.evaluation, World(), args.precision) if store and len(store.evaluation) else None
     sampling = Sampling(max_new_tokens=args.max_length)
-    return Side(model=name, held_out=measured, answers={p: answer(model, tokenizer, p, sampling) for p in prompts})
+    return Side(
+        model=config.name, held_out=measured, answers={p: answer(model, tokenizer, p, sampling) for p in prompts}
+    )
 
 
 def _gain_text(found: Comparison) -> str:

@@ -5,12 +5,18 @@ Standard library only. A configuration is resolved from layers (defaults < recip
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from falcon_dist.values import Value, build, check_known, flatten, keys_of, parse_value
 
 __all__ = ["TrainConfig", "Value", "build", "check_known", "flatten", "keys_of", "parse_value"]
+
+OWN: Final = ("model.name", "data.name", "data.mix")
+"""Whoever names one of these wants no demo, whose other values were chosen for its own model and data."""
+OVERRULED: Final = {"data.name": "data.mix", "loop.epochs": "loop.max_steps"}
+"""The first has no effect beside the second; given on top of it, it takes the second back."""
 
 Precision = Literal["bf16", "bf16-autocast", "fp32"]
 Switch = Literal["auto", "on", "off"]
@@ -249,3 +255,18 @@ class TrainConfig:
     precision: Precision = "bf16"
     """bf16: bf16 weights and compute, exact fp32 master state; bf16-autocast: fp32 weights, bf16 compute; fp32."""
     seed: int = 0
+
+
+def layered(below: Mapping[str, Value], above: Mapping[str, Value]) -> dict[str, Value]:
+    """The values of two layers, of which ``above`` wins. Pure.
+
+    >>> layered({"loop.max_steps": Value(25, "r.toml")}, {"loop.epochs": Value(3, "--set")})
+    {'loop.epochs': Value(value=3, source='--set')}
+    """
+    gone = {OVERRULED.get(key) for key in above}
+    return {key: value for key, value in below.items() if key not in gone} | dict(above)
+
+
+def own_of(keys: Iterable[str]) -> list[str]:
+    """Those of the keys that name a model or data."""
+    return [key for key in OWN if key in keys]

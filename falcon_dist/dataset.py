@@ -25,11 +25,11 @@ from falcon_dist.forms import passage_of
 from falcon_dist.packaged import cache_folder
 from falcon_dist.packing import Forecast, Packer, Sample, held_out
 from falcon_dist.readers import Item
-from falcon_dist.records import BadRecord, Fault, Passage, Record
+from falcon_dist.records import BadRecord, Fault, Passage, Record, check_text
 from falcon_dist.rows import MANIFEST, PackedStore, Parts, damaged_file, write_store
 from falcon_dist.sources import Source, find_eval_source, find_sources, mixed
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 """Rises when the same text would become other rows, or the store tells other facts."""
 SKIPPED_FILE: Final = "skipped.jsonl"
 """In the store: every record that was left out, with its place and the reason."""
@@ -137,7 +137,7 @@ class Skipped:
         if self._counts[fault.reason] <= _PLACES:
             self._places[fault.reason].append(fault.place)
         if self._file is not None:
-            with self._file.open("a") as file:
+            with self._file.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(json.dumps(asdict(fault), ensure_ascii=False) + "\n")
 
     def facts(self) -> dict[str, Any]:
@@ -191,6 +191,7 @@ def find_passages(material: Material, skipped: Skipped, taken: collections.Count
         try:
             held = key is None or (bool(share) and held_out(_key(item, key, config), share))
             passage = passage_of(item.values, config, material.tokenizer)
+            check_text(passage.text)
         except BadRecord as bad:
             skipped.add(Fault.of(item.place, bad))
             continue
@@ -222,7 +223,9 @@ def _key(record: Record, number: str, config: DataConfig) -> str:
         return number
     if config.key_field not in record.values:
         raise BadRecord("record has no key field", f'"{config.key_field}"', "set data.key_field")
-    return str(record.values[config.key_field])
+    key = str(record.values[config.key_field])
+    check_text(key)
+    return key
 
 
 def describe(store: PackedStore) -> list[str]:

@@ -17,7 +17,7 @@ from falcon_dist.contract import UserError
 from falcon_dist.engine.native import load_config
 from falcon_dist.host_memory import total_bytes
 from falcon_dist.prepare import find_model
-from falcon_dist.settings import load
+from falcon_dist.settings import default_source, load
 from falcon_dist.strategy.memory import GIB, NEAREST, RankMemory, predict, usable
 from falcon_dist.trial import check_model
 
@@ -26,7 +26,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The verb's own flags."""
     parser = argparse.ArgumentParser(prog="falcon estimate", description=__doc__, allow_abbrev=False)
     flag = parser.add_argument
-    flag("run", nargs="?", default="demo", help="a recipe, a run folder or its config.json (demo)")
+    flag("run", nargs="?", help="a recipe, a run folder or its config.json (demo, unless --set names model or data)")
     flag("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="as falcon-launch takes it")
     flag("--nproc-per-node", type=int, default=1, metavar="N", help="ranks of a host (1)")
     flag("--nnodes", type=int, default=1, metavar="N", help="hosts (1)")
@@ -45,7 +45,7 @@ def estimate(argv: Sequence[str]) -> int:
     for name in ("nproc_per_node", "nnodes"):
         if getattr(args, name) < 1:
             raise UserError(f'falcon estimate: --{name.replace("_", "-")} must be at least 1: "{getattr(args, name)}"')
-    config = load(args.run, args.sets)
+    config = load(args.run or default_source(args.sets), args.sets)
     plan = load_config(find_model(config.model), config.model)
     check_model(config, plan)
     host = int(args.memory * GIB) if args.memory else total_bytes()

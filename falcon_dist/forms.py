@@ -123,6 +123,15 @@ def _system(values: Mapping[str, Any], config: DataConfig) -> list[dict[str, str
     return [{"role": "system", "content": text}] if isinstance(text, str) and text else []
 
 
+def _check_no_system(values: Mapping[str, Any], config: DataConfig) -> None:
+    if found := _system(values, config):
+        raise BadRecord(
+            "a system text has no turn in a record that is no talk",
+            f"found {_shown(found[0]['content'])}",
+            'make it messages, set data.template for Alpaca records, or leave it out: data.columns.system=""',
+        )
+
+
 def _message(message: Any, config: DataConfig) -> dict[str, str]:
     if isinstance(message, dict):
         role = message.get(config.columns.role, message.get("from"))
@@ -138,6 +147,7 @@ def _pair(values: Mapping[str, Any], config: DataConfig, tokenizer: PreTrainedTo
     if isinstance(prompt, list) and isinstance(completion, list):
         talk = [_message(message, config) for message in prompt + completion]
         return render([*_system(values, config), *talk], tokenizer, answers=config.loss == "answers")
+    _check_no_system(values, config)
     return _after(_text(values, names.prompt), _text(values, names.completion), config)
 
 
@@ -152,6 +162,7 @@ def _alpaca(values: Mapping[str, Any], config: DataConfig, tokenizer: PreTrained
     more = values.get(names.input)
     more = more if isinstance(more, str) and more.strip() else ""
     if not tokenizer.chat_template:
+        _check_no_system(values, config)
         paired = (
             (", paired with an input that provides further context", f"### Input:\n{more}\n\n") if more else ("", "")
         )

@@ -13,6 +13,7 @@ from typing import Any, Final
 from transformers.utils import cached_file
 
 import falcon_dist
+from falcon_dist import checkpoint
 from falcon_dist.config import ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.native import base_of
@@ -86,6 +87,20 @@ def adapters_identity(model: str, config: TrainConfig) -> dict[str, str]:
         "lora_alpha": f"{lora.alpha:g}",
         "lora_targets": ", ".join(sorted(lora.targets)) or "the attention's",
     }
+
+
+def check_base(adapters: Path | str, base: ModelConfig) -> None:
+    """Raises UserError where adapters of ours would come beside other weights than those they were trained with."""
+    try:
+        then = checkpoint.read(Path(adapters)).facts.get("base_weights")
+        now = _fingerprint(base.name, base) if then and _weights_files(base.name, base) else then
+    except (checkpoint.DamagedError, OSError):  # of somebody else, or a hub out of reach: whoever loads it says so
+        return
+    if then != now:
+        raise UserError(
+            f'{adapters}: these adapters were trained on other weights than those of "{base.name}" (fingerprint '
+            f"{_short(then)} then, {_short(now)} now); put those back, or falcon merge with --base MODEL that has them"
+        )
 
 
 def _fingerprint(model: str, config: ModelConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from falcon_dist import checkpoint
 from falcon_dist.config import ModelConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.foreign import check_weights
-from falcon_dist.engine.native import ADAPTER_CONFIG, base_of, load_model, load_tokenizer
+from falcon_dist.engine.native import ADAPTER_CONFIG, base_and_commit, load_model, load_tokenizer
+from falcon_dist.identity import check_base
 from falcon_dist.layout import parse_size
+from falcon_dist.prepare import find_model
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -33,15 +36,17 @@ def merge(argv: Sequence[str]) -> int:
     """Loads both, adds B A x alpha / rank to each adapted weight, and writes what plain transformers loads.
 
     Raises:
-        UserError: there are no adapters, they do not verify, their model cannot be had, or FOLDER exists.
+        UserError: there are no adapters, they do not verify, their model cannot be had or is another, or FOLDER exists.
     """
     args = parse_args(argv)
     parse_size(args.max_shard_size, "falcon merge: --max-shard-size")
     facts = _facts_of(args.adapter)
     if args.into.exists():
         raise UserError(f'falcon merge: "{args.into}" exists already; name a new folder')
-    config = ModelConfig(name=args.base or base_of(args.adapter))
-    model = PeftModel.from_pretrained(load_model(config.name, config, args.precision), args.adapter)
+    config = _base(args)
+    place = find_model(config)
+    check_base(args.adapter, dataclasses.replace(config, name=place))
+    model = PeftModel.from_pretrained(load_model(place, config, args.precision), args.adapter)
     tokenizer = load_tokenizer(args.adapter, config)
     merged = model.merge_and_unload(safe_merge=True)
     out = args.into.absolute()
@@ -51,6 +56,12 @@ def merge(argv: Sequence[str]) -> int:
         tokenizer.save_pretrained(folder)
     print(f"{config.name} with {args.adapter}: {args.into}")
     return 0
+
+
+def _base(args: argparse.Namespace) -> ModelConfig:
+    """The model they were trained on, at the commit they tell; or the one that is named instead."""
+    name, commit = base_and_commit(args.adapter)
+    return ModelConfig(name=args.base or name, revision=commit if args.base in (None, name) else None)
 
 
 def _facts_of(adapter: Path) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class Old:
     now: Callable[[str], Now]
     boolean: bool = False
     """It may stand alone, meaning True."""
+    more: tuple[str, ...] = ()
+    """Words that may follow the value."""
 
 
 def _to(key: str, why: str = "", values: Mapping[str, str] | None = None) -> Old:
@@ -116,7 +118,8 @@ def _saving(value: str) -> Now:
 
 
 def _trackers(value: str) -> Now:
-    names = {"none": (), "all": ("tensorboard", "wandb", "mlflow")}.get(value, (value,))
+    whole = {"none": (), "all": ("tensorboard", "wandb", "mlflow")}
+    names = dict.fromkeys(name for word in value.split() for name in whole.get(word, (word,)))
     return Now(("--set", "report.to=[" + ", ".join(f'"{name}"' for name in names) + "]"))
 
 
@@ -131,6 +134,11 @@ def _output_dir(value: str) -> Now:
 _ALWAYS_CPU: Final = "ranks always run on CPUs"
 _NO_GPU: Final = "this trains on CPUs only: leave it out"
 _EXACT: Final = "packing counts real tokens"
+_TRACKERS: Final = (
+    *("all", "none", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "mlflow"),
+    *("neptune", "swanlab", "tensorboard", "trackio", "wandb"),
+)
+"""What ``--report_to`` took, any number of them."""
 _PUSH: Final = "falcon push does that when the run is done"
 OLD: Final[Mapping[str, Old]] = {
     # model and data
@@ -196,7 +204,7 @@ OLD: Final[Mapping[str, Old]] = {
     "logging_steps": _to("report.log_every"),
     "logging_strategy": _gone("report.log_every says how often"),
     "logging_dir": _gone("trackers write into the run's folder"),
-    "report_to": Old(now=_trackers),
+    "report_to": Old(now=_trackers, more=_TRACKERS),
     "push_to_hub": _gone(_PUSH, boolean=True),
     "push_to_hub_model_id": _gone(_PUSH),
     "hub_model_id": _gone(_PUSH),
@@ -231,16 +239,13 @@ def translate(argv: Sequence[str], switches: Sequence[str] = ()) -> Translated:
         old = OLD.get(name[2:].replace("-", "_")) if name.startswith("--") else None
         if old is None:
             words.append(word)
-            takes_value = word.startswith("--") and not equals and word.replace("_", "-") not in switches
-            if takes_value and own and not own[0].startswith("-"):
+            if not equals and word.replace("_", "-") not in switches and _is_value(own):
                 words.append(own.pop(0))
             continue
-        before = len(own)
-        taken = own[:1]
-        value = _value(name, old, value if equals else None, own)
-        now = old.now(value)
+        behind = list(own)
+        now = old.now(_value(name, old, value if equals else None, own))
         found.append(now)
-        lines.append(_line(" ".join([word, *(taken if len(own) < before else ())]), now))
+        lines.append(_line(" ".join([word, *behind[: len(behind) - len(own)]]), now))
     if not lines:
         return Translated(list(argv), ())
     # Settings of today that were given beside come last: they win.
@@ -249,9 +254,14 @@ def translate(argv: Sequence[str], switches: Sequence[str] = ()) -> Translated:
     return Translated([*words, *extra.words, *own], (*lines, extra.why, *_which_model(words, own)))
 
 
+def _is_value(words: Sequence[str]) -> bool:
+    """Whether the first word is no flag; a negative number is none."""
+    return bool(words) and (not words[0].startswith("-") or words[0][1:2].isdigit())
+
+
 def _value(name: str, old: Old, given: str | None, own: list[str]) -> str:
     """The value behind ``=`` or in the next word, which is taken; a truth may have none."""
-    next_word = own[0] if own and not own[0].startswith("--") else None
+    next_word = own[0] if _is_value(own) else None
     if given is None and old.boolean and (next_word is None or next_word.lower() not in TRUTHS):
         takes_it = next_word is not None and name.replace("-", "_") == "__resume_from_checkpoint"
         return own.pop(0) if takes_it else "true"
@@ -259,6 +269,8 @@ def _value(name: str, old: Old, given: str | None, own: list[str]) -> str:
         if next_word is None:
             raise UserError(f"{name}: a value is missing")
         given = own.pop(0)
+        while own and own[0] in old.more:
+            given = f"{given} {own.pop(0)}"
     return TRUTHS.get(given.lower(), given) if old.boolean else given
 
 
@@ -269,7 +281,8 @@ def _line(typed: str, now: Now) -> str:
 
 def _which_model(words: Sequence[str], program: Sequence[str]) -> tuple[str, ...]:
     """The command of 2023 named no model: its script did."""
-    named = any(word.startswith(("--recipe", "--resume", "model.name=")) for word in words)
+    own = ("model.name=", "data.name=", "data.mix=")
+    named = any(word.startswith(("--recipe", "--resume", *own)) for word in words)
     told = "no model or recipe named: the demo is trained; Falcon-7B is --recipe falcon-7b"
     return () if named or program else (told,)
 

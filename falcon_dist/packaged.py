@@ -74,12 +74,20 @@ def _cached(target: str, make: Callable[[Path], None]) -> Path:
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             make(partial)
-            partial.rename(path)
+            _publish(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if partial.is_file():
                 partial.unlink()
     return path
+
+
+def _publish(partial: Path, path: Path) -> None:
+    try:
+        partial.rename(path)
+    except OSError:  # another process made the same meanwhile
+        if not path.exists():
+            raise
 
 
 def _package_folder(key: str, package: str) -> Path:

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from falcon_dist.chat_template import set_template
 from falcon_dist.config import TrainConfig
 from falcon_dist.dataset import Skipped, describe, find_passages, gather, prepare_rows
-from falcon_dist.engine.native import load_tokenizer
+from falcon_dist.engine.native import load_config, load_tokenizer
+from falcon_dist.masking import check_packing
 from falcon_dist.packing import NO_RECORD
 from falcon_dist.prepare import find_model
 from falcon_dist.rows import IGNORED, PackedStore, Part
@@ -59,7 +60,9 @@ def preview(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     named = {"data.name": args.data, "model.name": args.model}
     config = load(args.config, [*(f"{key}={value}" for key, value in named.items() if value), *args.set])
-    tokenizer = load_tokenizer(find_model(config.model), config.model)
+    place = find_model(config.model)
+    check_packing(load_config(place, config.model), config.data.packing_kind != "off")
+    tokenizer = load_tokenizer(place, config.model)
     set_template(tokenizer, config.data.template)
     store = prepare_rows(config.data, tokenizer)
     part = store.evaluation if args.eval else store.train

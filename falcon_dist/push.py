@@ -14,7 +14,9 @@ from falcon_dist.config import TrainConfig
 from falcon_dist.contract import RankResult, UserError
 from falcon_dist.evaluate import HeldOut
 from falcon_dist.monitor import EVALUATIONS_FILE
+from falcon_dist.readers import READERS, kind_of
 from falcon_dist.settings import read_config
+from falcon_dist.sources import trained_on
 
 CARD: Final = "README.md"
 LEFT_OUT: Final = (checkpoint.TRAIN_STATE, checkpoint.MANIFEST)
@@ -102,10 +104,11 @@ def card(origin: Origin, repo: str, licence: str | None) -> str:
     """The model card: what was tuned, on what, how, and with what result."""
     from huggingface_hub import ModelCardData
 
-    config = origin.config
+    config, names, beside = origin.config, trained_on(origin.config.data), _beside(origin)
+    model, told = _shown(config.model.name, beside), ", ".join(_shown(name, beside) for name in names)
     data = ModelCardData(
-        base_model=_hub_name(config.model.name),
-        datasets=[config.data.name] if _hub_name(config.data.name) else None,
+        base_model=config.model.name if _is_hub_name(config.model.name, beside) else None,
+        datasets=[name for name in names if _is_hub_name(name, beside)] or None,
         license=licence,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -113,7 +116,7 @@ def card(origin: Origin, repo: str, licence: str | None) -> str:
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {repo.split('/')[1]}\n\n`{config.model.name}`, fine-tuned on `{_data(config)}` with falcon-dist on CPUs.",
+        f"# {repo.split('/')[1]}\n\n`{model}`, fine-tuned on `{told}` with falcon-dist on CPUs.",
         _results(origin.summary),
         _settings(origin),
         _samples(origin.summary),
@@ -122,14 +125,22 @@ def card(origin: Origin, repo: str, licence: str | None) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _hub_name(name: str) -> str | None:
-    return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else None
+def _beside(origin: Origin) -> Path:
+    """Where the run was most likely started: what it calls models/mine is looked for there too."""
+    run = origin.checkpoint.path.parent.parent
+    return run.parent.parent
 
 
-def _data(config: TrainConfig) -> str:
-    names = [item.rpartition("=")[0] for item in config.data.mix] or [config.data.name]
-    # A path of somebody's machine is nobody else's business.
-    return ", ".join(Path(name).name if name.startswith((".", "/", "~")) else name for name in names)
+def _is_hub_name(name: str, beside: Path) -> bool:
+    """Whether others can fetch it by this name: no path, whose file may be gone by now."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or any(sign in name for sign in "*?["):
+        return False
+    return kind_of(Path(name)) not in READERS and not Path(name).exists() and not (beside / name).exists()
+
+
+def _shown(name: str, beside: Path) -> str:
+    """A path of somebody's machine is nobody else's business."""
+    return name if _is_hub_name(name, beside) else Path(name).name
 
 
 def _results(summary: dict[str, Any]) -> str:

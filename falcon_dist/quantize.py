@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from falcon_dist import checkpoint
 from falcon_dist.config import ModelConfig
 from falcon_dist.contract import UserError
-from falcon_dist.engine.native import load_model, load_tokenizer
+from falcon_dist.engine.native import ADAPTER_CONFIG, load_model, load_tokenizer
 from falcon_dist.layout import parse_size
 from falcon_dist.prepare import find_model
 from falcon_dist.weight_only import Kind, disk_settings, quantize_layers, weight_bytes
@@ -24,7 +24,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The verb's own flags."""
     parser = argparse.ArgumentParser(prog="falcon quantize", description=__doc__, allow_abbrev=False)
     flag = parser.add_argument
-    flag("model", help="a checkpoint folder, or any model's folder or hub name")
+    flag("model", help="a checkpoint folder (of a LoRA run: merged), or any model's folder or hub name")
     flag("out", type=Path, help="the folder to make, as runs/RUN/quantized/int8")
     flag("--bits", type=int, choices=tuple(KINDS), required=True, help="of a weight")
     flag("--max-shard-size", default="5GB", help="largest weights file (5GB)")
@@ -35,7 +35,7 @@ def quantize(argv: Sequence[str]) -> int:
     """Reads the model in bf16, rounds the weights of its linear layers and writes them.
 
     Raises:
-        UserError: the checkpoint does not verify, there is no such model, or OUT exists.
+        UserError: the checkpoint does not verify or is adapters, there is no such model, or OUT exists.
     """
     args = parse_args(argv)
     parse_size(args.max_shard_size, "falcon quantize: --max-shard-size")
@@ -45,6 +45,7 @@ def quantize(argv: Sequence[str]) -> int:
     facts = _facts_of(args.model)
     config = ModelConfig(name=args.model)
     place = find_model(config)
+    _check_whole(place)
     model, tokenizer = load_model(place, config, "bf16").eval(), load_tokenizer(place, config)
     before, done = weight_bytes(model), quantize_layers(model, kind)
     _say_in_config(model, kind, done.left)
@@ -67,6 +68,15 @@ def _facts_of(model: str) -> dict[str, Any]:
     if fault:
         raise UserError(f'falcon quantize: "{model}" cannot be trusted: {fault}')
     return dict(checkpoint.read(path).facts)
+
+
+def _check_whole(place: str) -> None:
+    """Of a model with adapters transformers would write the adapters alone."""
+    if (Path(place) / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f'falcon quantize: adapters without their model: "{place}"; run falcon merge {place} --into FOLDER '
+            "first and quantise that"
+        )
 
 
 def _say_in_config(model: PreTrainedModel, kind: Kind, left: Sequence[str]) -> None:

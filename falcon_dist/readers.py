@@ -170,7 +170,7 @@ def _read_parquet(path: Path, _: TextBy) -> Iterator[Item]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        with _open(path) as raw, parquet.ParquetFile(raw if path.suffix == ".gz" else path) as file:
             batches = file.iter_batches(batch_size=512)
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from (Record(f"{path}[{number}]", row) for number, row in enumerate(rows))

@@ -26,6 +26,15 @@ class BadRecord(Exception):  # noqa: N818  # what it is, not that it failed
         self.remedy = remedy
 
 
+def check_text(text: str) -> None:
+    """Raises BadRecord for half of a surrogate pair, which JSON can spell but no tokenizer or file can take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = text[error.start].encode("unicode_escape").decode()
+        raise BadRecord("half of a surrogate pair is no text", f'"{found}"', "write whole characters") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """Why the record at this place cannot be used."""

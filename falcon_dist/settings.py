@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from falcon_dist.config import TrainConfig, Value, build, check_known, flatten, keys_of
+from falcon_dist.config import TrainConfig, Value, build, check_known, flatten, keys_of, layered, own_of
 from falcon_dist.contract import UserError
 from falcon_dist.values import parse_value
 
+DEMO: Final = "demo"
 RECIPES: Final = Path(__file__).parent / "recipes"
 
 
@@ -30,13 +31,18 @@ def load(source: str | None, sets: Sequence[str] = ()) -> TrainConfig:
     Raises:
         UserError: there is no such source, or a value does not fit.
     """
-    values = {} if source is None else _from_source(source)
+    given: dict[str, Value] = {}
     for item in sets:
         key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f'--set: not of the form section.key=value: "{item}"')
-        values[key.strip()] = Value(parse_value(text), "--set")
-    return _build(values)
+        given[key.strip()] = Value(parse_value(text), "--set")
+    return _build(layered({} if source is None else _from_source(source), given))
+
+
+def default_source(sets: Sequence[str]) -> str | None:
+    """What falcon-launch stands upon without a recipe: the demo, or no more than the defaults."""
+    return None if own_of([item.partition("=")[0].strip() for item in sets]) else DEMO
 
 
 def _from_source(source: str) -> dict[str, Value]:

@@ -47,6 +47,11 @@ def find_sources(config: DataConfig) -> list[Source]:
     return [_find(name, config, weight) for name, weight in map(_weighted, config.mix)] or [_find(config.name, config)]
 
 
+def trained_on(config: DataConfig) -> tuple[str, ...]:
+    """Names of the data sets that are trained on: those of a mix stand in for data.name."""
+    return tuple(item.rpartition("=")[0] for item in config.mix) or (config.name,)
+
+
 def find_eval_source(config: DataConfig) -> Source | None:
     """The data set that is only evaluated on, where there is one of its own."""
     return _find(config.eval_name, config) if config.eval_name else None

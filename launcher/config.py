@@ -12,9 +12,9 @@ from typing import Any, Final, Literal
 
 import falcon_dist
 from falcon_dist.agreement import check_agreement
-from falcon_dist.config import TrainConfig, Value, build, check_known, flatten, keys_of, parse_value
+from falcon_dist.config import TrainConfig, Value, build, check_known, flatten, keys_of, layered, own_of, parse_value
 from falcon_dist.contract import EMERGENCY_GRACE_S
-from launcher import earlier, jobsettings
+from launcher import earlier, env_file, jobsettings
 from launcher.errors import UserError
 from launcher.jobsettings import SlurmSettings
 from launcher.patience import LEAST_S, STOP_GRACE_S
@@ -148,7 +148,7 @@ def load(flags: Flags) -> LaunchConfig:
         UserError: a file is missing or no TOML, a key is not known, a value does not fit, values contradict each other.
     """
     given = _from_flags(flags)
-    recipe = _recipe(flags.recipe or DEFAULT_RECIPE) if flags.recipe or not flags.program else {}
+    recipe, origin = _stood_upon(flags, given)
     folder, note = _resumed(flags.resume, recipe | given)
     values = earlier.settings(folder) if folder else {}
     left_out = earlier.leave_hosts_out(values) if flags.as_job else ()
@@ -160,7 +160,7 @@ def load(flags: Flags) -> LaunchConfig:
     for key, other in (("launch.hosts", "launch.hostfile"), ("launch.hostfile", "launch.hosts")):
         if key in given:  # a resumed run may get other hosts, said in another way
             values.pop(other, None)
-    values |= given
+    values = layered(values, given)
     check_known(values, _known_keys())
     launch = _launch_settings(values, flags)
     if folder:
@@ -175,7 +175,7 @@ def load(flags: Flags) -> LaunchConfig:
         program=program,
         resume_from=str(folder) if folder else None,
         left_out=left_out,
-        notes=(*flags.notes, *((note,) if note else ())),
+        notes=(*flags.notes, *(told for told in (note, "" if folder else origin) if told)),
     )
 
 
@@ -198,7 +198,7 @@ def _from_flags(flags: Flags) -> dict[str, Value]:
 def _launch_settings(values: Mapping[str, Value], flags: Flags) -> LaunchSettings:
     settings = build(LaunchSettings, {**values, **_in_words(values), **_range_of_nodes(values)}, "launch.")
     _check_launch(settings, values)
-    env = (*settings.env, *_env_file(flags.env_file), *flags.env)
+    env = (*settings.env, *env_file.lines(flags.env_file), *flags.env)
     return dataclasses.replace(settings, env=env)
 
 
@@ -242,6 +242,18 @@ def _check_launch(settings: LaunchSettings, values: Mapping[str, Value]) -> None
         raise UserError(f'{source}: run_id names a folder: "{settings.run_id}"; use letters, digits, ".", "_", "-"')
 
 
+def _stood_upon(flags: Flags, given: Mapping[str, Value]) -> tuple[dict[str, Value], str]:
+    """The recipe below the flags, and what the user should be told: the demo is taken whole or not at all."""
+    named = own_of(given)
+    if flags.recipe or not (flags.program or named):
+        return _recipe(flags.recipe or DEFAULT_RECIPE), ""
+    tables, defaults = {key.partition(".")[0] for key in named}, TrainConfig()
+    names = {"model": defaults.model.name, "data": defaults.data.name}
+    rest = "".join(f"; {table}.name is {name}" for table, name in names.items() if table not in tables)
+    told = f"{' and '.join(named)} given without a recipe: all else is at its default, nothing as in the demo{rest}"
+    return {}, "" if flags.program else told
+
+
 def _recipe(name: str) -> dict[str, Value]:
     path = Path(name) if name.endswith(".toml") or "/" in name else RECIPES / f"{name}.toml"
     if not path.is_file():
@@ -251,28 +263,6 @@ def _recipe(name: str) -> dict[str, Value]:
         return flatten(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
         raise UserError(f"{path}: not TOML: {fault}") from fault
-
-
-def _env_file(name: str | None) -> list[str]:
-    if name is None:
-        return []
-    try:
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
-    except OSError as fault:
-        raise UserError(f'--env-file: cannot be read: "{name}"; {fault.strerror}') from fault
-    except UnicodeDecodeError as fault:
-        raise UserError(f'--env-file: not UTF-8 text: "{name}"; give NAME=VALUE lines') from fault
-    rows = [(number, line.strip()) for number, line in enumerate(lines, 1)]
-    return [_env_line(name, number, line) for number, line in rows if line and not line.startswith("#")]
-
-
-def _env_line(name: str, number: int, line: str) -> str:
-    key, equals, value = line.removeprefix("export ").partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*", key.strip()):
-        raise UserError(f'{name}:{number}: not of the form NAME=VALUE: "{key.strip()}"')
-    value = value.strip()
-    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
-    return f"{key.strip()}={value[1:-1] if quoted else value}"
 
 
 def _without_secret(item: str) -> str:

@@ -247,7 +247,8 @@ def _core_flags(parser: _Parser) -> None:
 
 def _run_flags(parser: _Parser) -> None:
     flag = parser.flag
-    flag("--recipe", metavar="NAME|FILE", help="a complete configuration (default: demo)")
+    default = "demo, unless --set names model or data"
+    flag("--recipe", metavar="NAME|FILE", help=f"a complete configuration (default: {default})")
     flag("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, as --set optim.lr=2e-5")
     flag("--engine", choices=("native", "ipex"), help="native (default) or ipex (docs/ipex.md)")
     flag("--profile", metavar="N", help="a torch trace of N steps, in rank 0's folder")

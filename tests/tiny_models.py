@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     LlamaConfig,
@@ -85,4 +87,17 @@ def write_model(folder: Path, config: FalconConfig | LlamaConfig | None = None) 
     """A model folder as a hub would give it."""
     make_model(config or falcon_7b()).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_adapters(folder: Path, base: Path, **told: object) -> Path:
+    """Adapters as a LoRA run leaves them, beside a tokenizer; ``told`` goes into their config too."""
+    from peft import LoraConfig  # slow, and needed here only
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.add_adapter(LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | told))
     return folder

@@ -39,10 +39,16 @@ def load_model(source: Path | str, config: ModelConfig, precision: Precision) ->
     A folder of adapters gives the model they were trained on with them beside its layers.
 
     Raises:
-        UserError: there is no such model, or its files do not load, or are such as could run code.
+        UserError: there is no such model, or its files do not load, or are such as could run code; or it is not the
+            one that adapters were trained on.
     """
-    for place in (source, base_of(source)):
+    base, commit = base_and_commit(source)
+    for place in (source, base):
         foreign.check_weights(place)
+    if base != str(source):
+        from falcon_dist.identity import check_base
+
+        check_base(source, ModelConfig(name=base, revision=commit))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(source),
@@ -86,12 +92,22 @@ def base_of(source: Path | str) -> str:
     Raises:
         UserError: the adapters do not tell.
     """
+    return base_and_commit(source)[0]
+
+
+def base_and_commit(source: Path | str) -> tuple[str, str | None]:
+    """``base_of`` and, where that is a hub name, the commit that adapters were trained on if they tell it.
+
+    Raises:
+        UserError: the adapters do not tell.
+    """
     told = Path(source) / ADAPTER_CONFIG
     if not told.is_file():
-        return str(source)
+        return str(source), None
     try:
-        return str(json.loads(told.read_text())["base_model_name_or_path"])
-    except (ValueError, KeyError) as error:
+        values = json.loads(told.read_text())
+        return str(values["base_model_name_or_path"]), values.get("revision")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{told}: does not name the model it was trained on") from error
 
 
@@ -107,7 +123,7 @@ def load_tokenizer(source: Path | str, config: ModelConfig) -> PreTrainedTokeniz
     """The model's tokenizer, with a padding token.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it has no end-of-text token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -117,6 +133,11 @@ def load_tokenizer(source: Path | str, config: ModelConfig) -> PreTrainedTokeniz
         raise UserError(
             f'model.name: cannot load the tokenizer of "{source}": {foreign.reason(source, error)}'
         ) from error
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f'model.name: no end-of-text token in the tokenizer of "{source}"; name one as "eos_token" in its '
+            "tokenizer_config.json"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -142,4 +163,7 @@ def count_parameters(plan: PreTrainedConfig) -> int:
 
 
 def _revision(source: Path | str, config: ModelConfig) -> str:
+    """What is read of a hub name; given adapters, transformers looks for their model's there."""
+    if commit := base_and_commit(source)[1]:
+        return commit
     return "main" if Path(source).exists() else config.revision or "main"

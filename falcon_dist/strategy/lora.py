@@ -37,7 +37,7 @@ class Lora(Replicated):
         """Adds adapters, B = 0, in the dtype of the weights; everything else is frozen."""
         targets = targets_of(model, self.config.lora)
         torch.manual_seed(self.config.seed)
-        model.add_adapter(_peft_config(self.config.lora, targets))
+        model.add_adapter(_peft_config(self.config.lora, targets, self.config.model.revision))
         # DDP sends all it knows of from rank 0 at start: frozen weights would be written, and no longer be shared.
         frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
@@ -61,8 +61,9 @@ def _describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder
     tokenizer.save_pretrained(folder)
 
 
-def _peft_config(lora: LoraConfig, targets: Sequence[str]) -> PeftLoraConfig:
+def _peft_config(lora: LoraConfig, targets: Sequence[str], revision: str | None) -> PeftLoraConfig:
     return PeftLoraConfig(
+        revision=revision,  # of the model, where it is a hub's
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]

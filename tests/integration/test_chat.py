@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from launching import RECIPE, launch
-from tiny_models import falcon_7b, make_model, make_tokenizer, write_model
+from tiny_models import falcon_7b, falcon_rw, make_model, make_tokenizer, write_model
+from transformers import PreTrainedTokenizerFast
 
 from falcon_dist import chat as chat_verb
+from falcon_dist.__main__ import main
 from falcon_dist.chat import chat
 from falcon_dist.chat_template import find_template
 from falcon_dist.compare import compare
@@ -69,6 +72,79 @@ def test_a_talk_that_grows_too_long_forgets_its_oldest_turns(folder: Path) -> No
     talk = chat_verb.Talk(model, tokenizer, Sampling(max_new_tokens=8))
     for number in range(6):
         assert talk.say(f"Question number {number}?").tokens <= 8
+
+
+class Terminal(io.StringIO):
+    """Lines that a person types; at an empty one they press Ctrl-C instead."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self, *_: object) -> str:
+        if line := super().readline():
+            return line
+        raise KeyboardInterrupt
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, at: str) -> list[str]:
+    """Ctrl-C in the middle of the answer to ``at``; what the model reads."""
+    seen: list[str] = []
+
+    def watched(model, tokenizer, messages, *rest):
+        seen.append(prompt_text(messages, tokenizer))
+        if messages[-1]["content"] == at:
+            raise KeyboardInterrupt
+        return reply(model, tokenizer, messages, *rest)
+
+    monkeypatch.setattr(chat_verb, "reply", watched)
+    return seen
+
+
+def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_talk(folder: Path, monkeypatch, capsys) -> None:
+    seen = interrupted(monkeypatch, "Two?")
+    monkeypatch.setattr("sys.stdin", Terminal("One?\nTwo?\nThree?\n"))
+    assert chat([str(folder / "base"), "--max-length=3"]) == 0
+    said = capsys.readouterr()
+    assert (said.out.count(" tokens/s]"), said.err.count("[interrupted: this prompt is forgotten]")) == (2, 1)
+    assert ["Two?" in text for text in seen] == [False, True, False]
+    assert ["One?" in text for text in seen] == [True, True, True]
+
+
+def test_ctrl_c_ends_what_nobody_sits_before(folder: Path, monkeypatch, capsys) -> None:
+    interrupted(monkeypatch, "One?")
+    spoken(monkeypatch, "One?\nTwo?\n")
+    assert main(["chat", str(folder / "base")]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_system_turn_that_no_model_would_read_is_refused(folder: Path, tmp_path: Path) -> None:
+    refusing = tmp_path / "refusing.jinja"
+    refusing.write_text("{% if messages[0]['role'] == 'system' %}{{ raise_exception('users only') }}{% endif %}x")
+    words = [str(folder / "base"), "--system", "Be brief.", "--template"]
+    with pytest.raises(UserError, match=r'--system: the chat template refuses it: "Be brief.": users only; leave it'):
+        chat([*words, str(refusing)])
+    with pytest.raises(UserError, match=r'--system: the model has no chat template: "Be brief."; give one with'):
+        chat_verb._check_system("Be brief.", plain_tokenizer())
+
+
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def test_a_hub_name_may_be_one_word(tmp_path: Path, monkeypatch, capsys) -> None:
+    hub = tmp_path / "models--gpt2"
+    write_model(hub / "snapshots" / ("a" * 40))
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    spoken(monkeypatch, "One?\n")
+    assert chat(["gpt2", "--max-length=3"]) == 0
+    assert " tokens/s]" in capsys.readouterr().out
+    with pytest.raises(UserError, match='falcon chat: no such folder: "gpt3"'):
+        chat(["gpt3"])
 
 
 def test_prompts_file_gives_one_json_object_an_answer(folder: Path, tmp_path: Path, capsys) -> None:
@@ -183,6 +259,34 @@ def test_compare_on_data_of_ones_own_and_into_a_file(folder: Path, tmp_path: Pat
     assert (values["gain"], values["base"]["held_out"]["records"]) == (0.0, 2)
     with pytest.raises(UserError, match="nothing to compare on"):
         compare([base, base])
+
+
+def test_models_with_alibi_are_measured_on_a_record_a_row(folder: Path, tmp_path: Path, capsys) -> None:
+    """Two records that would share a packed row: their losses are those that each has by itself."""
+    alibi, data = str(write_model(tmp_path / "alibi", falcon_rw())), tmp_path / "d.jsonl"
+    texts = ["What is a socket?", "Why pin cores?"]
+
+    def losses(*records: str) -> list[float]:
+        data.write_text("".join(json.dumps({"text": text}) + "\n" for text in records))
+        words = [alibi, str(folder / "base"), "--data", str(data), "--format", "json", "--precision", "fp32"]
+        assert compare(words) == 0
+        told = json.loads(capsys.readouterr().out)["base"]["held_out"]
+        return [told["loss"] * told["tokens"], told["tokens"]]
+
+    apart = [losses(text) for text in texts]
+    assert losses(*texts) == pytest.approx([sum(sums) for sums in zip(*apart, strict=True)])
+    with pytest.raises(UserError, match=r"set data\.packing=false"):
+        preview([str(data), "--model", alibi])
+    assert preview([str(data), "--model", alibi, "--set", "data.packing=false"]) == 0
+
+
+def test_compare_names_the_sets_of_a_mix(folder: Path, tmp_path: Path, capsys) -> None:
+    data = json.loads((folder / "runs/r/config.json").read_text())["train"]["data"]
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"train": {"data": {**data, "name": "unused", "mix": [f"{data['name']}=1"]}}}))
+    base = str(folder / "base")
+    assert compare([base, base, "--config", str(config)]) == 0
+    assert f" rows of {data['name']}:" in capsys.readouterr().out
 
 
 def test_preview_shows_rows_counts_lengths_and_duplicates(folder: Path, tmp_path: Path, capsys) -> None:

@@ -13,7 +13,7 @@ from launching import launch, only_run, run_python, step_records, weights_digest
 from safetensors.torch import load_file, save_file
 from tiny_models import SHAPES, make_model
 
-from falcon_dist.config import LoraConfig, TrainConfig
+from falcon_dist.config import LoraConfig, ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.merge import merge
 from falcon_dist.strategy.lora import Lora, trained_parameters
@@ -133,6 +133,12 @@ def test_adapters_are_where_the_family_has_its_attention(shape: str) -> None:
     trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
     assert sum(param.numel() for param in trained.values()) == expected > 0
     assert all(".self_attention." in name or ".self_attn." in name for name in trained)
+
+
+def test_adapters_tell_the_commit_of_their_model() -> None:
+    model = make_model(SHAPES["falcon-7b"]())
+    Lora(TrainConfig(model=ModelConfig(name="me/base", revision="abc")), World()).ready(model)
+    assert model.peft_config["default"].to_dict()["revision"] == "abc"
 
 
 def test_a_layer_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from tiny_models import TEXT, make_tokenizer
+from tiny_models import TEXT, make_tokenizer, write_model
 
+from falcon_dist import packaged
+from falcon_dist.__main__ import main
 from falcon_dist.config import DataConfig, MixUntil
 from falcon_dist.contract import UserError
 from falcon_dist.dataset import describe, prepare_rows
@@ -167,6 +169,21 @@ def test_records_that_cannot_be_used_are_counted_with_reason_and_line(tmp_path: 
     assert f'skipped 1 records: record has neither text in "text" nor messages in "messages" ({file}:3)' in told
     written = [json.loads(line) for line in (store.path / "skipped.jsonl").read_text().splitlines()]
     assert [fault["place"] for fault in written] == [f"{file}:2", f"{file}:3", f"{file}:5"]
+
+
+def test_half_a_surrogate_pair_makes_a_record_bad(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"id": 1, "text": "good"}\n{"id": 2, "text": "a\\ud800b"}\n{"id": "\\udfff", "text": "fine"}\n')
+    with pytest.raises(UserError, match=r'd.jsonl:2: half of a surrogate pair is no text: "\\ud800"; write whole '):
+        prepare_rows(DataConfig(name=str(file)), make_tokenizer())
+    with file.open("a") as more:
+        more.write('{"id": 4, "\\udbff": 3}\n')
+    config = DataConfig(name=str(file), on_bad="skip", key_field="id", eval_share=0.001)
+    store = prepare_rows(config, make_tokenizer())
+    assert store.facts["train"]["samples"] + store.facts["eval"]["samples"] == 1
+    assert f"skipped 2 records: half of a surrogate pair is no text ({file}:2, {file}:3)" in "\n".join(describe(store))
+    last = json.loads((store.path / "skipped.jsonl").read_text().splitlines()[2])
+    assert last["place"] == f"{file}:4"
 
 
 def test_only_the_first_places_are_printed_and_all_are_written(tmp_path: Path) -> None:
@@ -333,3 +350,41 @@ def test_held_out_records_without_any_loss_are_told_before_training(tmp_path: Pa
     config = DataConfig(name=str(own), eval_name=str(file), loss="answers", packing="off", max_length=4)
     with pytest.raises(UserError, match=r"data: no token of the .* carries loss; raise data\.max_length"):
         prepare_rows(config, make_tokenizer())
+
+
+def test_two_that_convert_a_package_at_once_both_have_it(cache: Path) -> None:
+    def make(partial: Path) -> None:
+        for folder in (partial, cache / "falcon-dist" / "model"):  # the second by another process meanwhile
+            folder.mkdir()
+            (folder / "config.json").write_text("{}")
+
+    path = packaged._cached("model", make)
+    assert [file.name for file in path.iterdir()] == ["config.json"]
+    assert not list(path.parent.glob("*.partial*"))
+
+    def fail(partial: Path) -> None:
+        assert not partial.exists()
+
+    with pytest.raises(FileNotFoundError):
+        packaged._cached("other", fail)
+
+
+def test_rows_of_a_recipe_are_prepared_for_runs_to_find(tmp_path: Path, cache: Path, capsys) -> None:
+    data, model = write(tmp_path / "d.jsonl", [{"text": t} for t in TEXT]), write_model(tmp_path / "model")
+    recipe = tmp_path / "recipes" / "r.toml"
+    recipe.parent.mkdir()
+    recipe.write_text(f'[model]\nname = "{model}"\n[data]\nname = "{data}"\nmax_length = 16\n')
+    assert main(["prepare", "--config", str(recipe), "--set", "data.max_length=8"]) == 0
+    assert " rows of 8, " in capsys.readouterr().out
+    assert [file.name for file in recipe.parent.iterdir()] == ["r.toml"]
+    (row_store,) = (cache / "falcon-dist" / "rows").iterdir()
+    run = tmp_path / "run"
+    run.mkdir()
+    settings = {"model": {"name": str(model)}, "data": {"name": str(data), "max_length": 8}}
+    (run / "config.json").write_text(json.dumps({"train": settings}))
+    for config in (run, run / "config.json"):
+        assert main(["prepare", "--config", str(config)]) == 0
+        assert json.loads((run / "prepared.json").read_text())["rows"] == str(row_store)
+        (run / "prepared.json").unlink()
+    with pytest.raises(SystemExit):
+        main(["prepare", "--config", str(run), "--resume"])

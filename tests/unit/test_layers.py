@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {
     "values": ["errors", "cpuset", "hostnames", "redaction", "binding", "patience", "frames", "onednn"],
     "describe": [
-        *("hostfile", "hostselect", "network", "topology", "config", "earlier", "cluster", "plan"),
+        *("hostfile", "hostselect", "network", "topology", "config", "earlier", "env_file", "cluster", "plan"),
         *("slurm", "slurmjob", "jobsettings"),
     ],
     "decide": [

