@@ -87,10 +87,16 @@ class Team:
         Raises:
             RuntimeError: there was no sign of any rank for STALLED_S.
         """
-        number = self.board.add("meeting/ranks", 1)
+        number = self.board.add("meeting/came", 1)
         wanted = -(-number // world_size) * world_size
+        self._wait_for("came", wanted, world_size)
+        self.board.add("meeting/left", 1)
+        if self.leads:  # it may end now, and the board with it, at which others would still look
+            self._wait_for("left", wanted, world_size)
+
+    def _wait_for(self, what: str, wanted: int, world_size: int) -> None:
         heard, since, pause = (0, 0), time.monotonic(), POLL_S
-        while (here := self.board.add("meeting/ranks", 0)) < wanted:
+        while (here := self.board.add(f"meeting/{what}", 0)) < wanted:
             told = (here, self.board.add("meeting/signs", 0))
             if told != heard:
                 heard, since = told, time.monotonic()

@@ -71,6 +71,29 @@ def test_ranks_meet_as_often_as_they_like_and_none_goes_ahead():
     assert done == [3, 3, 3]
 
 
+def test_the_board_stays_until_nobody_looks_at_it_any_more(monkeypatch):
+    monkeypatch.setattr(team, "POLL_S", 0.1)
+    ended, looked = [], []
+
+    class Board:
+        def __init__(self, board, rank):
+            self._board, self._rank = board, rank
+
+        def add(self, key, number):
+            looked.append((self._rank, bool(ended)))
+            return self._board.add(key, number)
+
+    def work(me):
+        time.sleep(0.02 * (me.rank == 0))
+        Team(board=Board(me.board, me.rank), rank=me.rank, writers=(0,)).meet(2)
+        if me.leads:
+            ended.append(True)
+
+    assert meeting(work) == {}
+    assert (1, False) in looked
+    assert (1, True) not in looked
+
+
 @pytest.mark.parametrize("signs", [True, False])
 def test_who_gets_on_is_waited_for_and_who_hangs_is_not(monkeypatch, signs):
     monkeypatch.setattr(team, "STALLED_S", 0.4)
