@@ -282,7 +282,7 @@ def _line(typed: str, now: Now) -> str:
 def _which_model(words: Sequence[str], program: Sequence[str]) -> tuple[str, ...]:
     """The command of 2023 named no model: its script did."""
     own = ("model.name=", "data.name=", "data.mix=")
-    named = any(word.startswith(("--recipe", "--resume", *own)) for word in words)
+    named = any(word.removeprefix("--set=").startswith(("--recipe", "--resume", *own)) for word in words)
     told = "no model or recipe named: the demo is trained; Falcon-7B is --recipe falcon-7b"
     return () if named or program else (told,)
 

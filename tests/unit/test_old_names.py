@@ -157,6 +157,7 @@ def test_the_command_of_2023() -> None:
     )
     for named in (["--recipe", "falcon-7b"], ["--model_name", "./m"], ["--resume", "r"], ["my.py"]):
         assert len(translate(["--bf16", *named]).lines) == 2 + named[0].startswith("--model")
+    assert len(translate(["--bf16", "--set=data.name=x"]).lines) == 2
 
 
 def test_use_ipex_takes_the_extension_where_it_is_installed(tmp_path: Path, monkeypatch) -> None:
