@@ -12,6 +12,7 @@ from typing import Any, Final
 from falcon_dist import checkpoint
 from falcon_dist.config import TrainConfig
 from falcon_dist.contract import RankResult, UserError
+from falcon_dist.engine.native import ADAPTER_CONFIG
 from falcon_dist.evaluate import HeldOut
 from falcon_dist.monitor import EVALUATIONS_FILE
 from falcon_dist.readers import READERS, kind_of
@@ -61,7 +62,7 @@ def push(argv: Sequence[str]) -> int:
         print(f"{size / 2**20:10.1f} MiB  {name}")
     print(f"{sum(files.values()) / 2**20:10.1f} MiB  to {args.repo}, and {CARD}:\n\n{text}")
     if not args.dry_run:
-        _send(origin.checkpoint.path, args, list(files), text)
+        _send(origin, args, list(files), text)
     return 0
 
 
@@ -181,16 +182,29 @@ def _samples(summary: dict[str, Any]) -> str:
     return "\n\n".join(["## Samples", *parts]) if parts else ""
 
 
-def _send(path: Path, args: argparse.Namespace, files: list[str], text: str) -> None:
+def _send(origin: Origin, args: argparse.Namespace, files: list[str], text: str) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
-    api = HfApi()
+    api, path, told = HfApi(), origin.checkpoint.path, _adapters(origin)
+    as_they_are = [name for name in files if name != ADAPTER_CONFIG or told is None]
     try:
         api.create_repo(args.repo, private=args.private, exist_ok=True)
-        api.upload_folder(repo_id=args.repo, folder_path=path, allow_patterns=files, commit_message="Weights")
-        api.upload_file(path_or_fileobj=text.encode(), path_in_repo=CARD, repo_id=args.repo, commit_message="Card")
-    except (OSError, HfHubHTTPError) as error:
+        api.upload_folder(repo_id=args.repo, folder_path=path, allow_patterns=as_they_are, commit_message="Weights")
+        for name, content in ((ADAPTER_CONFIG, told), (CARD, text)):
+            if content is not None:
+                api.upload_file(
+                    path_or_fileobj=content.encode(), path_in_repo=name, repo_id=args.repo, commit_message=name
+                )
+    except Exception as error:  # the hub's client has errors of several libraries for a network that is not there
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f'falcon push: the hub refuses "{args.repo}": {first}; see hf auth login') from error
     print(json.dumps({"pushed": args.repo, "files": len(files) + 1}))
+
+
+def _adapters(origin: Origin) -> str | None:
+    """What adapters tell of their model, by its name in the run: where it lay on this machine is no way to it."""
+    file = origin.checkpoint.path / ADAPTER_CONFIG
+    if not file.is_file():
+        return None
+    name = _shown(origin.config.model.name, _beside(origin))
+    return json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}, indent=2) + "\n"

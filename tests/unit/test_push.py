@@ -132,16 +132,41 @@ def test_push_sends_weights_and_card(saved: Path, monkeypatch, capsys) -> None:
     assert calls[2][1]["path_or_fileobj"].startswith(b"---\n")
 
 
+def test_adapters_are_sent_with_the_name_of_their_model_not_with_its_place(saved: Path, monkeypatch, capsys) -> None:
+    run = saved.parent.parent
+    with checkpoint.committed(run / "checkpoints", 9, checkpoint.read(saved).facts) as folder:
+        (folder / "adapter_model.safetensors").write_bytes(b"adapters")
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/me/falcon", "r": 8}')
+    sent: list[dict[str, Any]] = []
+
+    class Api:
+        def create_repo(self, repo: str, **_: Any) -> None: ...
+
+        def upload_folder(self, **options: Any) -> None:
+            sent.append(options)
+
+        def upload_file(self, **options: Any) -> None:
+            sent.append(options)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert push([str(run / "checkpoints" / "step-000009"), "me/x"]) == 0
+    assert sent[0]["allow_patterns"] == ["adapter_model.safetensors"]
+    assert [told["path_in_repo"] for told in sent[1:]] == ["adapter_config.json", "README.md"]
+    assert json.loads(sent[1]["path_or_fileobj"]) == {"base_model_name_or_path": "tiiuae/falcon-7b", "r": 8}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"pushed": "me/x", "files": 3}
+
+
 def test_damaged_checkpoint_is_not_sent(saved: Path) -> None:
     (saved / "model.safetensors").write_bytes(b"weightS")
     with pytest.raises(UserError, match=r"cannot be trusted: model.safetensors is not what was written"):
         push([str(saved), "me/x", "--dry-run"])
 
 
-def test_hub_that_refuses_is_one_line(saved: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [OSError, type("ConnectError", (Exception,), {})])
+def test_hub_that_refuses_is_one_line(saved: Path, monkeypatch, kind) -> None:
     class Api:
         def create_repo(self, *_: Any, **__: Any) -> None:
-            raise OSError("no route to host\nmore")
+            raise kind("no route to host\nmore")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     with pytest.raises(UserError) as error:
