@@ -23,6 +23,8 @@ REQUEUE_S: Final = 60.0
 """How long Slurm may take to end a job that it starts again."""
 SILENCE_S: Final = 120.0
 """So long the controller may be away."""
+LOOKS: Final = 5
+"""After so many looks a job is believed to have failed: on its way to be started again it can seem so for seconds."""
 
 
 def submit(script: str) -> str:
@@ -57,6 +59,9 @@ class Follower:
         self._say = say
         self._heard_at = time.monotonic()
         self._told: JobState | None = None
+        self._seen: JobState | None = None
+        self._ended_looks = 0
+        """How often in a row it was seen to have ended, and alike."""
         self._shown = 0
         """Bytes of its output that were passed on."""
 
@@ -68,16 +73,18 @@ class Follower:
         """
         stopped_by: int | None = None
         with stopping_signals() as woken_by:
-            before: JobState | None = None
-            # A job on its way to be started again can seem ended for a moment.
-            while not ((state := self._look()).is_final and state == before):
-                before = state
+            while not self._is_over(state := self._look(), stopped_by):
                 if select.select([woken_by], [], [], POLL_S)[0]:
                     for number in os.read(woken_by, 64):
                         stopped_by = self._on_signal(number) or stopped_by
         self._show(state)
         self._say(f"job {self._job}: {state.name}, exit code {state.exit_code}")
         return state.exit_code if stopped_by is None else 128 + stopped_by
+
+    def _is_over(self, state: JobState, stopped_by: int | None) -> bool:
+        self._ended_looks = self._ended_looks + 1 if state.is_final and state == self._seen else int(state.is_final)
+        self._seen = state
+        return self._ended_looks >= (2 if state.name == "COMPLETED" or stopped_by is not None else LOOKS)
 
     def _on_signal(self, number: int) -> int | None:
         if number == signal.SIGUSR1:

@@ -1,13 +1,15 @@
 """Job scripts: what they ask Slurm for, what the launcher inside is told, and what must not stand in them."""
 
 import json
+import os
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from test_launcher_yield import load, make_run
 
-from launcher import config, flags, slurmjob
+from launcher import batch, config, flags, slurmjob
 from launcher.config import Flags
 from launcher.errors import UserError
 from launcher.slurm import JobState
@@ -220,3 +222,34 @@ def test_no_job_at_all():
 
 def test_a_run_of_flags_alone_is_as_before():
     assert config.load(Flags()).slurm.options == ()
+
+
+SCONTROL = """#!{python}
+import pathlib, sys
+file = pathlib.Path({states!r})
+first, *rest = file.read_text().split()
+file.write_text(" ".join(rest or [first]))
+print("JobId=7 JobName=falcon JobState=" + first + " Requeue=0 ExitCode=" + ("0:0" if first == "COMPLETED" else "1:0"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("states", "code", "looks"),
+    [
+        ("RUNNING COMPLETED", 0, 3),
+        ("RUNNING FAILED FAILED FAILED RUNNING COMPLETED", 0, 7),  # on its way to be started again
+        ("RUNNING FAILED", 1, 6),
+    ],
+)
+def test_a_job_that_seems_to_have_failed_is_looked_at_for_a_while(tmp_path, monkeypatch, states, code, looks):
+    (tmp_path / "states").write_text(states)
+    program = tmp_path / "scontrol"
+    program.write_text(SCONTROL.format(python=sys.executable, states=str(tmp_path / "states")))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(batch, "POLL_S", 0.01)
+    asked, said = [], []
+    client = batch._client
+    monkeypatch.setattr(batch, "_client", lambda *words: asked.append(words) or client(*words))
+    assert batch.Follower("7", said.append).until_done() == code
+    assert (len(asked), said[-1]) == (looks, f"job 7: {states.split()[-1]}, exit code {code}")
