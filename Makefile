@@ -39,11 +39,13 @@ check-demo: $(READY)
 demo-labels: $(READY)
 	$(BIN)/python demos/labels.py
 
-# Tests have a cache of their own; the collective backend is compiled into it once.
+# Tests have a cache of their own; the collective backend is compiled into it once. Most wait for one process at a time:
+# two files of them run at once, each in a worker.
+WORKERS ?= 2
 test: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests
 test: $(READY) lint
 	$(if $(CXX_FOUND),$(BIN)/python -m falcon_dist.ccl build,@echo "no g++ found: the ccl backend and its tests are left out")
-	$(BIN)/python -m pytest $(if $(CXX_FOUND),,-m "not ccl")
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(CXX_FOUND),,-m "not ccl")
 
 # Hosts made of namespaces, with sshd: needs root, and on Debian
 # apt-get install -y --no-install-recommends openssh-server openssh-client iproute2 nftables util-linux libfaketime

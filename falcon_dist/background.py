@@ -126,7 +126,7 @@ class Copies:
     def take(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The tensors as they are now."""
         if {name: t.shape for name, t in self._copies.items()} != {name: t.shape for name, t in tensors.items()}:
-            self._copies = {name: tensor_file.empty(t.shape, t.dtype) for name, t in tensors.items()}
+            self._copies = tensor_file.empty({name: (t.shape, t.dtype) for name, t in tensors.items()})
         if tensors:
             torch._foreach_copy_(list(self._copies.values()), [tensor.detach() for tensor in tensors.values()])
         return self._copies

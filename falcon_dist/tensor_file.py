@@ -33,9 +33,9 @@ DTYPES: Final = {
 KINDS: Final = {name: dtype for dtype, name in DTYPES.items()}
 CHUNK_BYTES: Final = 256 << 10
 """Stays in a core's own cache between its copy and its hash: sha256 of what comes from memory takes twice as long."""
-HUGE_BYTES: Final = 4 << 20
-"""From this size on a tensor's memory is asked for in huge pages: to be had at all costs less than half."""
 _ALIGNMENT: Final = 8
+_LINE_BYTES: Final = 64
+"""Tensors begin on a cache line of their own."""
 
 
 class Told(NamedTuple):
@@ -87,14 +87,23 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Memory for a CPU tensor that is about to be filled."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < HUGE_BYTES:
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size)
+def empty(spec: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, torch.Tensor]:
+    """CPU tensors of these shapes and dtypes that are about to be filled, in one piece of memory.
+
+    It asks for huge pages, which take a sixth of the time that small ones do and are given to private memory only. All
+    of it is given back when the last of the tensors is gone.
+    """
+    starts, end = {}, 0
+    for name, (shape, dtype) in spec.items():
+        starts[name] = end
+        end += -(-math.prod(shape) * dtype.itemsize // _LINE_BYTES) * _LINE_BYTES
+    memory = mmap.mmap(-1, max(end, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    return {
+        name: whole[starts[name] :][: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
+        for name, (shape, dtype) in spec.items()
+    }
 
 
 def names_in(path: Path) -> list[str]:
@@ -128,10 +137,9 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], Told]:
     Raises:
         ValueError: it is no such file.
     """
-    tensors = {}
     with _Reading(path) as reading:
+        tensors = empty({name: (told["shape"], KINDS[told["dtype"]]) for name, told in reading.in_order()})
         for name, told in reading.in_order():
-            tensors[name] = empty(told["shape"], KINDS[told["dtype"]])
             reading.fill(name, told, tensors[name])
         return tensors, reading.told()
 

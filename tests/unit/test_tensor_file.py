@@ -24,6 +24,37 @@ def blank() -> dict[str, torch.Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
 
 
+def test_empty_tensors_lie_side_by_side_in_private_memory_that_huge_pages_are_asked_for() -> None:
+    tensors = tensor_file.empty(
+        {"odd": ((3, 7), torch.bool), "none": ((0, 3), torch.int8), "much": ((5, 9), torch.float64)}
+    )
+    assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {
+        "odd": ((3, 7), torch.bool),
+        "none": ((0, 3), torch.int8),
+        "much": ((5, 9), torch.float64),
+    }
+    for tensor in tensors.values():
+        tensor.fill_(1)
+    assert all(bool((tensor == 1).all()) for tensor in tensors.values())
+    assert tensors["much"].data_ptr() - tensors["odd"].data_ptr() == 64
+    access, flags = mapping_of(tensors["odd"].data_ptr())
+    assert access == "rw-p"  # what may be shared has huge pages only where tmpfs has them
+    assert "hg" in flags
+
+
+def mapping_of(address: int) -> tuple[str, list[str]]:
+    """Access and flags of the memory at an address, by /proc/self/smaps."""
+    access = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if "-" in name and not name.endswith(":"):
+            begin, end = (int(part, 16) for part in name.split("-"))
+            access = rest.split()[0] if begin <= address < end else None
+        elif access and name == "VmFlags:":
+            return access, rest.split()
+    raise LookupError(address)
+
+
 def test_the_library_reads_what_is_written_here(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     told = tensor_file.write(path, TENSORS)
