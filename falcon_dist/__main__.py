@@ -48,10 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave_failure(str(error))
         print(error, file=sys.stderr)
         return EXIT_UNSOUND
-    except KeyboardInterrupt:
-        if words[0] not in SPOKEN:
-            raise
-        return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the rank's last words, told once and then kept
         _leave_failure(f"{type(error).__name__}: {error}".splitlines()[0])
         traceback.print_exc()
@@ -61,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(verb: str, words: list[str]) -> int:
     _quiet()
     if verb in SPOKEN:
-        return int(getattr(importlib.import_module(f"falcon_dist.{verb}"), verb)(words))
+        return _speak(verb, words)
     if verb == "prepare":
         return _prepare(words)
     parser = argparse.ArgumentParser(prog=f"python -m falcon_dist {verb}")
@@ -79,6 +75,19 @@ def _run(verb: str, words: list[str]) -> int:
     if contract.RANK_DIR in os.environ:
         _keep(result, Path(os.environ[contract.RANK_DIR]))
     return EXIT_STOPPED if result.status == "stopped" else 0
+
+
+def _speak(verb: str, words: list[str]) -> int:
+    """A verb for people, who may interrupt it, or read as much as they want and leave."""
+    try:
+        code = int(getattr(importlib.import_module(f"falcon_dist.{verb}"), verb)(words))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return EXIT_FAILED
 
 
 def _prepare(words: list[str]) -> int:

@@ -37,7 +37,9 @@ HANDED_ON: Final = {
 def main() -> int:
     """Runs the command line of this process and returns its exit code."""
     try:
-        return run(sys.argv[1:])
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+        return code
     except UserError as fault:
         sys.stderr.write(f"falcon: {fault}\n")
         return EXIT_USER_ERROR
@@ -45,6 +47,7 @@ def main() -> int:
         sys.stderr.write(f"falcon: {fault}\n")
         return EXIT_FAILED
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         return EXIT_FAILED
 
 

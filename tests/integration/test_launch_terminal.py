@@ -83,3 +83,15 @@ def test_a_reader_that_waits_does_not_end_the_run(tmp_path):
 def report_of_a_long_run(folder: Path) -> dict:
     time.sleep(12)
     return report_of(folder)
+
+
+@pytest.mark.parametrize("words", [["help"], ["topology"], ["estimate", "demo"]])
+def test_a_verb_whose_reader_has_left_ends_without_a_traceback(tmp_path, words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    falcon = [str(Path(sys.executable).parent / "falcon"), *words]
+    done = subprocess.run(
+        falcon, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
