@@ -21,8 +21,10 @@ or a launcher that is silent for too long, means: kill all that was started, and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -31,11 +33,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from launcher import bind, hello, roster
+from launcher import bind, hello, roster, stacks
 from launcher.crew import Crew, reserve
 from launcher.errors import LaunchError, UserError
 from launcher.plan import RANK_EVENT_FD, RANK_STORE_FD, NodePlan
-from launcher.wire import BEAT_S, SILENCE_S, Lines, Outbox
+from launcher.wire import BEAT_S, HELD, SILENCE_S, Lines, Outbox
 
 if TYPE_CHECKING:  # what a --dry-run never asks for is imported when it is asked for
     from launcher.doors import Doors
@@ -93,7 +95,12 @@ class Agent:
 
     def _turn(self) -> None:
         hasty = self._crew.busy or self._outbox.waiting
-        for key, _ in self._selector.select(POLL_S if hasty else BEAT_S):
+        ready = self._selector.select(POLL_S if hasty else BEAT_S)
+        # Nobody listens any more, or nobody can be heard: the same as the end of input. What came while a disk held
+        # this process counts, although nobody has read it yet.
+        silent = time.monotonic() - self._heard_at > self._lease_s
+        self._leaving |= self._outbox.broken or (silent and sys.stdin.fileno() not in {key.fd for key, _ in ready})
+        for key, _ in ready:
             key.data()
         self._crew.tell_output()
         self._crew.tell_stacks()
@@ -101,8 +108,6 @@ class Agent:
         now = time.monotonic()
         if now - self._said_at >= BEAT_S:
             self.emit("alive")
-        # Nobody listens any more, or nobody can be heard: the same as the end of input.
-        self._leaving |= self._outbox.broken or now - self._heard_at > self._lease_s
 
     def _take_signals(self) -> None:
         # Handlers rather than SIG_IGN, which ranks would inherit; the wake-up descriptor tells what came.
@@ -211,6 +216,7 @@ def keep(agent: int) -> None:
     """Waits for the agent, ends whatever it could not end itself, and ends as it did."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda got, _: os.kill(agent, got))
+    _speak_for(agent)
     _, status = os.waitpid(agent, 0)
     bind.end_orphans()
     code = os.waitstatus_to_exitcode(status)
@@ -218,6 +224,16 @@ def keep(agent: int) -> None:
         told = json.dumps({"event": "died", "signal": -code})
         os.write(sys.stdout.fileno(), f"\n{told}\n".encode())  # its last line may lack an end
     leave(code if code >= 0 else 128 - code)
+
+
+def _speak_for(agent: int) -> None:
+    """Until it ends. While the kernel holds it in a read that cannot be interrupted, it is alive and cannot say so."""
+    ended = select.poll()
+    ended.register(os.pidfd_open(agent), select.POLLIN)
+    while not ended.poll(BEAT_S * 1000):
+        if stacks.is_held(agent):
+            with contextlib.suppress(OSError):
+                os.write(sys.stdout.fileno(), HELD)
 
 
 def leave(code: int) -> NoReturn:

@@ -53,6 +53,8 @@ def _relay(host: str, from_launcher: int, to_agent: int, from_agent: int) -> Non
             if from_agent in ready:
                 for line in up.read():
                     _write(1, b"".join(frames.up(host, line)))
+                if up.held:
+                    _write(1, frames.up_held(host))
             if from_launcher in ready and not _pass_down(host, down, to_agent):
                 selector.unregister(from_launcher)
                 listening = False

@@ -2,7 +2,7 @@
 
 Down, srun gives every task the same input: "node3 {...}" is for node3, "node3" alone ends its input. Up, srun mixes
 the tasks' lines and cuts long ones, so an agent's line travels in pieces: "node3 +abc" and "node3 =def" are "abcdef";
-"node3 !0" is the exit code of its agent.
+"node3 !0" is the exit code of its agent, "node3 ~" a word that it is held.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ def up(host: str, line: bytes) -> Iterator[bytes]:
     yield b"%s =%s\n" % (name, line)
 
 
+def up_held(host: str) -> bytes:
+    """A word that a task's agent is held by a disk."""
+    return b"%s ~\n" % host.encode()
+
+
 def up_end(host: str, code: int) -> bytes:
     """The last line of a task."""
     return b"%s !%d\n" % (host.encode(), code)
@@ -47,10 +52,11 @@ def up_end(host: str, code: int) -> bytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Said:
-    """A whole line of a task, or its end."""
+    """A whole line of a task, that it is held, or its end."""
 
     host: str
     line: bytes = b""
+    held: bool = False
     code: int | None = None
     """Set: its agent has ended so."""
 
@@ -70,10 +76,12 @@ class Joiner:
         """
         name, _, piece = frame.partition(b" ")
         host, kind, text = name.decode(errors="replace"), piece[:1], piece[1:]
-        if host not in self.hosts or kind not in (b"+", b"=", b"!"):
+        if host not in self.hosts or kind not in (b"+", b"=", b"!", b"~"):
             raise ValueError(frame[:200].decode(errors="replace"))
         if kind == b"!":
             return Said(host=host, code=int(text))
+        if kind == b"~":
+            return Said(host=host, held=True)
         whole = self._parts.pop(host, b"") + text
         if kind == b"=":
             return Said(host=host, line=whole)

@@ -6,12 +6,12 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Final
 
 from falcon_dist.contract import STACKS_FILE
-from launcher import bind, render, supervise
+from launcher import bind, render, silence, supervise
 from launcher.console import Console
 from launcher.discover import Agents
 from launcher.errors import LaunchError
@@ -46,10 +46,8 @@ from launcher.report import RunReport
 from launcher.standing import Stand, accuse
 from launcher.straggler import Paces
 from launcher.watch import Watch
-from launcher.wire import BEAT_S, SILENCE_S
+from launcher.wire import BEAT_S
 
-ALONE: Final = "the host, its link or its agent is dead"
-"""Said of one host that falls silent while others do not."""
 CLOSE_S: Final = 2.0
 """How long the way to an agent that has ended may take to close."""
 
@@ -70,6 +68,7 @@ class Run:
         self._deadline: float | None = None
         self._beat_at = 0.0
         self._flushing: set[int] = set()
+        self._held: set[int] = set()
         self._selector = selectors.DefaultSelector()
         self._watch = Watch(patience.hang_s)
         self._stands: dict[int, Stand] = {}
@@ -104,9 +103,10 @@ class Run:
         self._watch_outboxes()
         now = time.monotonic()
         until = min(self._beat_at, self._deadline or self._beat_at)
-        for key, _ in self._selector.select(max(0.0, until - now)):
+        ready = self._selector.select(max(0.0, until - now))
+        self._look_for_silence({key.fd for key, _ in ready})
+        for key, _ in ready:
             key.data()
-        self._look_for_silence()
         if text := self._watch.overdue(time.monotonic()):
             self._happened(Stalled(text=text))
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -127,13 +127,15 @@ class Run:
             self._selector.register(fd, selectors.EVENT_WRITE, waiting[fd].flush)
         self._flushing = set(waiting)
 
-    def _look_for_silence(self) -> None:
-        now = time.monotonic()
-        quiet = [(n, c) for n, c in self._living.items() if now - c.heard_at > SILENCE_S / 2]
-        text = f"{', '.join(channel.host for _, channel in quiet)}: nothing heard for {SILENCE_S:g} s: "
-        text += "what they share, a disk or a network, may stand still" if quiet[1:] else ALONE
-        for node_rank in [n for n, channel in quiet if now - channel.heard_at > SILENCE_S]:
-            self._lose(node_rank, text, patience_s=0.0, blamed=len(quiet) == 1)
+    def _look_for_silence(self, ready: Collection[int]) -> None:
+        running = self._state.phase == "running"
+        dead = silence.silent(self._living, ready, time.monotonic(), running=running)
+        for node_rank in dead.node_ranks:
+            self._lose(node_rank, dead.text, patience_s=0.0, blamed=dead.blamed)
+        for node_rank, text in silence.held(self._living).items():
+            if node_rank not in self._held:
+                self._held.add(node_rank)
+                self._note(text)
 
     def _listen(self, fd: int, callback: Callable[[], None]) -> None:
         self._selector.register(fd, selectors.EVENT_READ, callback)

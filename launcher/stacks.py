@@ -30,6 +30,11 @@ def standing(pid: int, folder: Path, waits_hz: float) -> dict[str, str]:
     }
 
 
+def is_held(pid: int) -> bool:
+    """Whether the kernel holds the process in something that nothing can interrupt: the wait for a disk, mostly."""
+    return _state(pid) == "D"
+
+
 def waits(pid: int) -> int:
     """How often the process's main thread has begun to wait; 0: it is gone."""
     try:

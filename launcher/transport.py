@@ -86,6 +86,8 @@ class Channel:
         self.host = host
         self.heard_at = time.monotonic()
         """When the agent last said something."""
+        self.held_at = 0.0
+        """When it was last said that a disk holds it."""
         self.died: int | None = None
         """Signal that killed the agent, as the process beside it told."""
         self._process = process
@@ -119,8 +121,9 @@ class Channel:
             LaunchError: something other than an event arrived.
         """
         lines = self._lines.read()
-        if lines:
-            self.heard_at = time.monotonic()
+        now = time.monotonic()
+        self.heard_at = now if lines else self.heard_at
+        self.held_at = now if self._lines.held else self.held_at
         return [event for line in lines if (event := self._event(line)) is not None]
 
     def send(self, command: str, **values: Any) -> None:

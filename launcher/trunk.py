@@ -16,7 +16,7 @@ from launcher.errors import LaunchError
 from launcher.hostfile import HostEntry
 from launcher.slurm import Allocation
 from launcher.transport import Channel, Transport
-from launcher.wire import Lines
+from launcher.wire import HELD, Lines
 
 BRANCH: Final = (sys.executable, "-P", "-m", "launcher.branch")
 END_S: Final = 8.0
@@ -69,10 +69,10 @@ class Branch:
         """Its exit code."""
         return self._code
 
-    def tell(self, line: bytes) -> None:
+    def tell(self, words: bytes) -> None:
         """Passes on what the agent said."""
         with contextlib.suppress(OSError):  # the channel may be closed
-            self._events.write(line + b"\n")
+            self._events.write(words)
             self._events.flush()
 
     def end(self, code: int) -> None:
@@ -144,7 +144,7 @@ class Trunk:
                 if said is not None and said.code is not None:
                     self.branches[said.host].end(said.code)
                 elif said is not None:
-                    self.branches[said.host].tell(said.line)
+                    self.branches[said.host].tell(HELD if said.held else said.line + b"\n")
         code = self._srun.wait()
         os.close(self.errors)
         self._alarm.cancel()

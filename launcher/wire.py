@@ -12,6 +12,9 @@ BEAT_S: Final = 1.0
 """How often launcher and agent tell each other that they live."""
 SILENCE_S: Final = 10.0
 """After so long without a word the other end counts as dead."""
+HELD: Final = b"\0"
+"""Said between lines, or amid one, for an agent that cannot speak because the kernel holds it, as it does where a disk
+stands still. JSON has no such byte."""
 
 
 class Lines:
@@ -21,6 +24,8 @@ class Lines:
         self._fd = fd
         self._rest = b""
         self.ended = False
+        self.held = False
+        """The last read brought a word that the other end is held."""
 
     def read(self) -> list[bytes]:
         """Whole lines of one read; sets ``ended`` at the end of the stream."""
@@ -30,7 +35,8 @@ class Lines:
             return []
         except ConnectionResetError:
             data = b""
-        self.ended = not data
+        self.ended, self.held = not data, HELD in data
+        data = data.replace(HELD, b"")
         *lines, self._rest = (self._rest + data).split(b"\n")
         return lines
 

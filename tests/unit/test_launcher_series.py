@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import series
+from launcher import series, silence
 from launcher.checks import judge
 from launcher.cluster import HostFacts
 from launcher.config import LaunchConfig, LaunchSettings
@@ -14,7 +14,6 @@ from launcher.errors import HostError, LaunchError, UserError
 from launcher.events import Cause, Kind, Lost
 from launcher.hostfile import parse_list
 from launcher.report import RankOutcome, RunReport, outcome_of
-from launcher.run import Run
 from launcher.supervise import begin, decide
 
 SILENT = SimpleNamespace(say=lambda _: None, complain=lambda _: None)
@@ -86,17 +85,16 @@ def test_what_never_was_otherwise_or_no_host_is_at_fault_for_is_refused(play, en
     ],
 )
 def test_hosts_that_fall_silent_together_are_not_to_blame(quiet_s, told, blamed):
-    now, lost = time.monotonic(), []
-    living = {n: SimpleNamespace(host="abc"[n], heard_at=now - quiet) for n, quiet in enumerate(quiet_s)}
-    run = SimpleNamespace(
-        _living=living,
-        _lose=lambda node, text, patience_s, blamed: lost.append(Lost(node_rank=node, text=text, blamed=blamed)),
-    )
-    Run._look_for_silence(run)
-    assert [lost_one.node_rank for lost_one in lost] == [1] * len(told)
-    for text, event in zip(told, lost, strict=True):
-        assert event.text.startswith(text)
-        state, _ = decide(begin((0, 1, 2)), event)
+    now = 1000.0
+    living = {
+        n: SimpleNamespace(host="abc"[n], heard_at=now - quiet, held_at=0.0, fileno=lambda: 7)
+        for n, quiet in enumerate(quiet_s)
+    }
+    dead = silence.silent(living, (), now, running=True)
+    assert dead.node_ranks == (1,) * len(told)
+    for text in told:
+        assert dead.text.startswith(text)
+        state, _ = decide(begin((0, 1, 2)), Lost(node_rank=1, text=dead.text, blamed=dead.blamed))
         past = series.past_of(dataclasses.replace(report(), cause=state.cause), parse_list("a,b,c"), 0)
         assert past.failed_host == ("b" if blamed else None)
 

@@ -41,6 +41,7 @@ LAYERS = {
             "memory",
             "wire",
             "transport",
+            "silence",
             "stacks",
             "interrupts",
             "child",
