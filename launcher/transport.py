@@ -118,8 +118,8 @@ class Channel:
         Raises:
             LaunchError: something other than an event arrived.
         """
-        lines = self._lines.read()
-        if lines:
+        before, lines = self._lines.received, self._lines.read()
+        if self._lines.received > before:  # a long event takes its time over a slow link, and is a sign of life
             self.heard_at = time.monotonic()
         return [event for line in lines if (event := self._event(line)) is not None]
 

@@ -19,8 +19,10 @@ class Lines:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._rest = b""
+        self._rest: list[bytes] = []
         self.ended = False
+        self.received = 0
+        """Bytes so far, those of a line that is not whole yet among them."""
 
     def read(self) -> list[bytes]:
         """Whole lines of one read; sets ``ended`` at the end of the stream."""
@@ -31,7 +33,13 @@ class Lines:
         except ConnectionResetError:
             data = b""
         self.ended = not data
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        self.received += len(data)
+        first, *others = data.split(b"\n")
+        self._rest.append(first)
+        if not others:  # nothing is joined before the end is there: a long line would be copied at every read
+            return []
+        lines = [b"".join(self._rest), *others[:-1]]
+        self._rest = [others[-1]]
         return lines
 
 

@@ -21,6 +21,7 @@ while time.monotonic() < until:
     time.sleep(0.05)
 """
 FLOOD = "import sys, time\nfor n in range(5000):\n    print('x' * 99)\nsys.stdout.flush()\ntime.sleep(12)\n"
+BURST = "import os\nfor _ in range(12):\n    os.write(1, (b'x' * 99 + b'\\n') * 10_000)\n"
 
 
 def start(folder: Path, *words: str, code: str = TALK, seconds: int = 2, **options) -> subprocess.Popen:
@@ -78,6 +79,14 @@ def test_a_reader_that_waits_does_not_end_the_run(tmp_path):
     assert select.select([process.stdout], [], [], 0)[0]
     assert process.stdout.read().count(b"x" * 99) == 5000
     assert process.wait(timeout=10) == 0
+
+
+def test_much_output_at_once_all_arrives_and_does_not_end_the_run(tmp_path):
+    with (tmp_path / "log").open("wb") as log:
+        process = start(tmp_path, LAUNCH, code=BURST, stdout=log, stderr=subprocess.PIPE, text=True)
+        _, complaints = process.communicate(timeout=60)
+    assert (process.returncode, complaints) == (0, "")
+    assert (tmp_path / "log").read_text().count("x" * 99) == 120_000
 
 
 def report_of_a_long_run(folder: Path) -> dict:

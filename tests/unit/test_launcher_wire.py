@@ -45,6 +45,30 @@ def test_nobody_waits_for_a_reader():
     assert outbox.broken
 
 
+def test_a_line_of_many_reads_is_one_line():
+    reader, writer = os.pipe()
+    lines, whole = Lines(reader), []
+    os.write(writer, b"one\ntw")
+    whole += lines.read()
+    for _ in range(3):
+        os.write(writer, b"o" * 20_000)
+        whole += lines.read()
+    os.write(writer, b"\n\nthree\n")
+    os.close(writer)
+    whole += [*lines.read(), *lines.read()]
+    assert whole == [b"one", b"tw" + b"o" * 60_000, b"", b"three"]
+    assert (lines.ended, lines.received) == (True, sum(map(len, whole)) + 4)
+    os.close(reader)
+
+
+def test_a_part_of_a_long_event_is_a_sign_of_life():
+    channel = channel_to("import sys; print('{', end='', flush=True); sys.stdin.read()")
+    channel.heard_at = 0.0
+    assert channel.receive() == []
+    assert channel.heard_at > 0
+    channel.close()
+
+
 def channel_to(code: str) -> Channel:
     words = [sys.executable, "-c", code]
     return Channel("node1", Spawned(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
