@@ -68,7 +68,7 @@ class Crew:
     def prepare(self, plan: NodePlan) -> None:
         """Takes the plan, writes what it sends along, and runs its preparations one after the other."""
         self._plan = plan
-        self._shared = rundir.settle(plan)
+        self._shared = rundir.settle(plan) and rundir.is_the_launchers(plan)
         if not self._shared:
             self._host.emit("apart")
         self._tasks.extend(plan.prepare)

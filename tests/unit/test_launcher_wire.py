@@ -1,4 +1,6 @@
 import contextlib
+import dataclasses
+import gzip
 import hashlib
 import json
 import os
@@ -241,6 +243,38 @@ def node_plan(folder, node_rank=1):
     return NodePlan(
         host="h", node_rank=node_rank, cwd="/", roster=roster, files=files, prepare=(), store=None, ranks=()
     )
+
+
+def test_hosts_that_share_a_disk_may_write_the_same_file_at_a_time(tmp_path, monkeypatch):
+    """Between the writing of one host and its next step another one does all of it."""
+    one, other = node_plan(tmp_path), dataclasses.replace(node_plan(tmp_path), node_rank=2)
+    write = Path.write_text
+
+    def slowly(path, text):
+        monkeypatch.setattr(Path, "write_text", write)
+        write(path, text)
+        rundir.settle(other)
+
+    monkeypatch.setattr(Path, "write_text", slowly)
+    rundir.settle(one)
+    (attempt,) = (tmp_path / "runs/r").iterdir()
+    assert [path.name for path in attempt.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("launchers", [True, False])
+def test_a_disk_that_hosts_share_among_themselves_is_not_the_launchers(tmp_path, launchers):
+    plan, teller = node_plan(tmp_path), Teller()
+    rundir.settle(plan)
+    if launchers:
+        Path(plan.roster).with_name("plan.json").write_text("{}\n")
+    Crew(teller).prepare(dataclasses.replace(plan, node_rank=2))
+    assert teller.told == (["prepared"] if launchers else ["apart", "prepared"])
+
+
+def test_files_that_are_no_text_stay_on_their_host(tmp_path):
+    (tmp_path / "trace.json.gz").write_bytes(gzip.compress(b"{}"))
+    (tmp_path / "stacks.txt").write_bytes("Fäden".encode()[:-4])  # cut where the process ended
+    assert rundir.kept(tmp_path) == {"stacks.txt": "F\ufffd"}
 
 
 def test_a_folder_that_is_only_remembered_as_missing_is_shared(tmp_path, monkeypatch):
