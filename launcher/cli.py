@@ -35,6 +35,7 @@ from launcher.placement import Policy, place
 from launcher.plan import LaunchPlan
 from launcher.planner import Opened
 from launcher.reach import Reach, reach
+from launcher.running import check_free
 from launcher.topology import Topology
 
 if TYPE_CHECKING:  # not for --help and --dry-run
@@ -91,6 +92,8 @@ def _run(
     from launcher.interrupts import cause_of
     from launcher.series import Series
 
+    if config.resume_from:
+        check_free(Path(config.resume_from))
     with Console(quiet=order.quiet or order.as_json) as console:
         running = folder.Running()
 
@@ -243,6 +246,7 @@ class _Start:
         meeting = discover.meet(self._agents, self._hosts)
         cluster = join(self._hosts, facts, meeting)
         planned = _plan(config, cluster, self._environ, self._open(cluster), dry_run=False)
+        check_free(Path(planned.site.run_dir))  # once more: hosts took their time to answer
         folder.create(config, planned)
         console = self._console
         notes = (*_notes(config, cluster, self._environ), *self._way.notes(facts), *check_notes, *meeting.notes)
