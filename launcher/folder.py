@@ -131,11 +131,11 @@ def read_report(run: str, runs_dir: str) -> RunReport:
     from launcher.report import RunReport
 
     for path in (Path(run) / "report.json", Path(runs_dir) / run / "report.json"):
-        if path.is_file():
-            try:
+        try:
+            if path.is_file():
                 return RunReport.from_json(json.loads(path.read_text()))
-            except (ValueError, KeyError, TypeError) as fault:
-                raise UserError(f'report: cannot be read: "{path}"; {fault!r}') from fault
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            raise UserError(f'report: cannot be read: "{path}"; {fault!r}') from fault
     raise UserError(
         f'report: no such run, or it has not ended: "{run}"; give a run folder, or a run id below {runs_dir}'
     )

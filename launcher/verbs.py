@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR
-from launcher import folder, render, sysfs
-from launcher.errors import LaunchError, UserError
+from falcon_dist.contract import EXIT_FAILED
+from launcher import command, folder, render, sysfs
+from launcher.errors import UserError
 
 OWN: Final = {
     "topology": "print what this machine is made of, as JSON",
@@ -36,16 +36,7 @@ HANDED_ON: Final = {
 
 def main() -> int:
     """Runs the command line of this process and returns its exit code."""
-    try:
-        return run(sys.argv[1:])
-    except UserError as fault:
-        sys.stderr.write(f"falcon: {fault}\n")
-        return EXIT_USER_ERROR
-    except LaunchError as fault:
-        sys.stderr.write(f"falcon: {fault}\n")
-        return EXIT_FAILED
-    except BrokenPipeError:
-        return EXIT_FAILED
+    return command.run("falcon", lambda: run(sys.argv[1:]))
 
 
 def run(argv: Sequence[str]) -> int:

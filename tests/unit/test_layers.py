@@ -60,6 +60,7 @@ LAYERS = {
             "folder",
             "running",
             "mirror",
+            "command",
             "console",
             "outlet",
             "run",
