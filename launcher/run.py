@@ -66,7 +66,7 @@ class Run:
         self._living = dict(self._channels)
         self._console = console
         self._record = record
-        self._mirror = Mirror(record)
+        self._mirror = Mirror(record, self._note)
         self._deadline: float | None = None
         self._beat_at = 0.0
         self._flushing: set[int] = set()

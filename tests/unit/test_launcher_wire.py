@@ -304,7 +304,7 @@ class Told:
     """What a mirror needs of a record."""
 
     def __init__(self, folder):
-        self.apart = set()
+        self.apart, self.note = set(), print
         self.plan_of = lambda rank: SimpleNamespace(rank_dir=str(folder / f"rank_{rank:04d}"))
 
 
@@ -320,6 +320,19 @@ def test_what_is_written_into_a_shared_folder_is_not_written_once_more(tmp_path)
     own.keep(2, 2, {"result.json": "{}"})
     assert (record.apart, (tmp_path / "rank_0002/stdout").read_text()) == ({2}, "a line\n")
     assert (tmp_path / "rank_0002/result.json").read_text() == "{}"
+
+
+def test_a_copy_that_cannot_be_made_ends_no_run_and_is_told_once(tmp_path):
+    record, notes = Told(tmp_path), []
+    own = Mirror(record, notes.append)
+    record.apart.add(1)
+    (tmp_path / "rank_0001").mkdir()
+    (tmp_path / "rank_0001/stdout").symlink_to("/dev/full")
+    for _ in range(2):
+        own.append(1, 1, "stdout", ["a line"])
+    own.keep(1, 1, {"stdout": "x", "result.json": "{}"})
+    assert notes == ["output of ranks on other hosts is not copied into the run folder: No space left on device"]
+    assert (tmp_path / "rank_0001/result.json").read_text() == "{}"
 
 
 class Teller:
