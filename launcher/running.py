@@ -63,10 +63,17 @@ def find(run: str, runs_dir: str) -> Running:
     Raises:
         UserError: there is none.
     """
+    if found := look(run, runs_dir):
+        return found
+    raise UserError(f'kill: no such run in progress: "{run}"; falcon ps lists those below {runs_dir}')
+
+
+def look(run: str, runs_dir: str) -> Running | None:
+    """The run in progress of this folder or id; None: it is not in progress."""
     for folder in (Path(run), Path(runs_dir) / run):
         if (folder / RUNNING_FILE).is_file():
             return _read(folder / RUNNING_FILE)
-    raise UserError(f'kill: no such run in progress: "{run}"; falcon ps lists those below {runs_dir}')
+    return None
 
 
 def check_free(run_dir: Path) -> None:

@@ -80,10 +80,18 @@ def _report(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="as JSON")
     given = parser.parse_args(argv)
     report = folder.read_report(given.run, given.runs_dir)
-    parts = [render.failure_text(report), render.closing_text(report)]
+    parts = [_unfinished(given.run, given.runs_dir), render.failure_text(report), render.closing_text(report)]
     text = json.dumps(report.to_json(), indent=1) if given.json else "\n".join(p for p in parts if p)
     sys.stdout.write(text + "\n")
     return 0
+
+
+def _unfinished(run: str, runs_dir: str) -> str:
+    """What is to be known of a report that is not the last one; empty: nothing."""
+    from launcher import running
+
+    found = running.look(run, runs_dir)
+    return f"this run has not ended ({found.state}); its newest attempt that has:" if found else ""
 
 
 def _ps(argv: Sequence[str]) -> int:

@@ -47,11 +47,14 @@ def outcome(folder: Path) -> tuple[str, int]:
 def test_a_run_that_waits_for_its_next_attempt_is_listed_and_can_be_ended(tmp_path):
     process = start(tmp_path, FAIL, "restart 3 of 5 in 4 s")
     assert falcon(tmp_path, "ps")[1].splitlines()[1].startswith("one ")
+    told = falcon(tmp_path, "report", "one")[1].splitlines()
+    assert told[0] == "this run has not ended (running); its newest attempt that has:"
     assert falcon(tmp_path, "kill", "one")[0] == 0
     _, err = process.communicate(timeout=10)
     assert (process.returncode, attempts(tmp_path), outcome(tmp_path)) == (143, 3, ("interrupted", 143))
     assert err.splitlines()[-1] == "not started again: SIGTERM came before the next attempt"
     assert falcon(tmp_path, "ps")[1] == "nothing runs\n"
+    assert "has not ended" not in falcon(tmp_path, "report", "one")[1]
 
 
 @pytest.mark.parametrize(
