@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, words: list[str]) -> int:
-    _quiet()
     if verb in SPOKEN:
         return _speak(verb, words)
+    _quiet()
     if verb == "prepare":
         return _prepare(words)
     parser = argparse.ArgumentParser(prog=f"python -m falcon_dist {verb}")
@@ -80,6 +80,7 @@ def _run(verb: str, words: list[str]) -> int:
 def _speak(verb: str, words: list[str]) -> int:
     """A verb for people, who may interrupt it, or read as much as they want and leave."""
     try:
+        _quiet()
         code = int(getattr(importlib.import_module(f"falcon_dist.{verb}"), verb)(words))
         sys.stdout.flush()
         return code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,16 +65,26 @@ def tell_early_stop(run: Run, monitor: Monitor, step: int) -> None:
 
 def measure_base(run: Run, team: Team, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Figures of the model before training, where they are asked for; a resumed run finds them kept."""
-    kept = run.folder / BASE_FILE
-    found = agree_on(int(kept.is_file()))
-    if found:
-        return dict(json.loads(kept.read_text())) if run.world.is_main else {}
+    file = run.folder / BASE_FILE
+    kept = _kept(file) if run.world.is_main else None
+    if agree_on(int(kept is not None)):
+        return kept or {}
     if not run.config.evaluate.base:
         return {}
     measured = measure(run, team, model, tokenizer, "evaluate base")
     if run.world.is_main:
-        kept.write_text(json.dumps(measured, indent=1) + "\n")
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(json.dumps(measured, indent=1) + "\n")
+        partial.rename(file)
     return measured
+
+
+def _kept(file: Path) -> dict[str, Any] | None:
+    """What was measured before; None: it was not, or a host that went down took what was written."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def measure(

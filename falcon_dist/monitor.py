@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -34,10 +35,10 @@ class Verdict(NamedTuple):
 
 
 def best_of(points: Sequence[Point], min_gain: float = 0.0) -> Point | None:
-    """The best step: each must be better by ``min_gain`` than the best before it."""
+    """The best step: each must be better by ``min_gain`` than the best before it, and a number."""
     best = None
     for found in points:
-        if best is None or found.loss < best.loss - min_gain:
+        if math.isfinite(found.loss) and (best is None or found.loss < best.loss - min_gain):
             best = found
     return best
 

@@ -34,11 +34,21 @@ class ProfileCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ends when all steps are in."""
-        if self._profile is not None and state.global_step == WARM_UP + self._steps:
+        if state.global_step == WARM_UP + self._steps:
+            self._write(self._steps)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ends with fewer steps where training stops before."""
+        self._write(state.global_step - WARM_UP)
+
+    def _write(self, steps: int) -> None:
+        if self._profile is not None:
             self._profile.stop()
             self._profile.export_chrome_trace(str(self._file))
             self._profile = None
-            self._told(f"trace of {self._steps} steps: {self._file}")
+            self._told(f"trace of {steps} steps: {self._file}")
 
 
 def check_profile(steps: int, steps_to_take: int) -> None:

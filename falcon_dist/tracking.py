@@ -31,7 +31,7 @@ def check_tracking(config: ReportConfig) -> None:
 
 def trackers(config: ReportConfig, folder: Path, start: int) -> list[TrainerCallback]:
     """The chosen integrations, counting steps on from ``start``."""
-    return [Tracker(_integration(name, folder), start, CLOSERS.get(name)) for name in config.to]
+    return [Tracker(_integration(name, folder, start), start, CLOSERS.get(name)) for name in config.to]
 
 
 def _close_wandb() -> None:
@@ -50,11 +50,12 @@ CLOSERS: Final[Mapping[str, Callable[[], None]]] = {"wandb": _close_wandb, "mlfl
 """The integrations leave the last words to the interpreter's end, which a rank does not wait for."""
 
 
-def _integration(name: str, folder: Path) -> TrainerCallback:
+def _integration(name: str, folder: Path, start: int) -> TrainerCallback:
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        return TensorBoardCallback(SummaryWriter(str(folder / TENSORBOARD_FOLDER)))
+        # All starts of a run are one curve; steps that are done again take the place of what was told of them.
+        return TensorBoardCallback(SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=start + 1))
     return get_reporting_integration_callbacks([name])[0]()
 
 

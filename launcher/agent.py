@@ -57,7 +57,9 @@ class Agent:
         self._outbox = Outbox(sys.stdout.fileno())
         self._crew = Crew(self)
         self._doors: Doors | None = None
-        self._leaving = False
+        self._leaving = self._sending = False
+        self._behind = False
+        """Children have written more than was passed on."""
         self._lease_s = PATIENCE_S
         self._heard_at = self._said_at = time.monotonic()
         self._woken_by, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -94,20 +96,30 @@ class Agent:
         self._outbox.put({"event": event, **values})
 
     def _turn(self) -> None:
-        hasty = self._crew.busy or self._outbox.waiting
-        ready = self._selector.select(POLL_S if hasty else BEAT_S)
+        idle_s = POLL_S if self._crew.busy else BEAT_S
+        ready = self._selector.select(0.0 if self._behind else idle_s)
         # Nobody listens any more, or nobody can be heard: the same as the end of input. What came while a disk held
         # this process counts, although nobody has read it yet.
         silent = time.monotonic() - self._heard_at > self._lease_s
         self._leaving |= self._outbox.broken or (silent and sys.stdin.fileno() not in {key.fd for key, _ in ready})
         for key, _ in ready:
             key.data()
-        self._crew.tell_output()
+        self._behind = self._crew.tell_output()
         self._crew.tell_stacks()
         self._outbox.flush()
+        self._watch_outbox()
         now = time.monotonic()
         if now - self._said_at >= BEAT_S:
             self.emit("alive")
+
+    def _watch_outbox(self) -> None:
+        """What waits is sent as soon as there is room: a pipe takes 64 KB, and is emptied many times a second."""
+        if self._sending != bool(self._outbox.waiting):
+            self._sending = not self._sending
+            if self._sending:
+                self._selector.register(self._outbox, selectors.EVENT_WRITE, self._outbox.flush)
+            else:
+                self._selector.unregister(self._outbox)
 
     def _take_signals(self) -> None:
         # Handlers rather than SIG_IGN, which ranks would inherit; the wake-up descriptor tells what came.
@@ -116,8 +128,8 @@ class Agent:
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
 
     def _on_command(self) -> None:
+        self._heard_at = time.monotonic()  # be it by a part of a long command
         for line in self._commands.read():
-            self._heard_at = time.monotonic()
             try:
                 values = json.loads(line)
                 self._obey(values.pop("command"), values)

@@ -23,6 +23,8 @@ SIGNALS: Final[Mapping[str, int]] = {"stacks": STACKS_SIGNAL, "save": EMERGENCY_
 STREAMS: Final = ("stdout", "stderr")
 TAIL_LINES: Final = 15
 LONGEST_LINE_BYTES: Final = 1 << 16
+AT_ONCE: Final = 1 << 18
+"""Bytes of a file that are read at a time: who writes faster than that must not keep the agent from all else."""
 
 
 class Tail:
@@ -31,21 +33,35 @@ class Tail:
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._rest = b""
+        self.behind = False
+        """There was more than one read took."""
         self.last: deque[str] = deque(maxlen=TAIL_LINES)
 
     def read(self, *, final: bool = False) -> list[str]:
-        """Lines that are new; ``final`` also takes a last line without an end."""
-        lines: list[bytes] = []
-        while data := os.read(self._fd, CHUNK_BYTES):
+        """Lines that are new, as many as one read takes; ``final`` also takes a last line without an end."""
+        lines, left, data = list[bytes](), AT_ONCE, b""
+        while left > 0 and (data := os.read(self._fd, CHUNK_BYTES)):
+            left -= len(data)
             *whole, self._rest = (self._rest + data).split(b"\n")
             lines += whole
             if len(self._rest) > LONGEST_LINE_BYTES:
                 lines, self._rest = [*lines, self._rest], b""
-        if final and self._rest:
+        self.behind = left <= 0
+        if final and self._rest and not self.behind:
             lines, self._rest = [*lines, self._rest], b""
         text = [line.decode(errors="replace") for line in lines]
         self.last.extend(line for line in text if line.strip())
         return text
+
+    def skip(self) -> bool:
+        """Goes to the last lines, which are remembered; whether anything was left out so."""
+        here, end = os.lseek(self._fd, 0, os.SEEK_CUR), os.fstat(self._fd).st_size
+        if here >= end:
+            return False
+        os.lseek(self._fd, max(here, end - LONGEST_LINE_BYTES), os.SEEK_SET)
+        while self.read(final=True):
+            pass
+        return True
 
     def close(self) -> None:
         """Stops following."""

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR
 from launcher import (
     backends,
     checks,
+    command,
     discover,
     environment,
     explain,
@@ -35,6 +35,7 @@ from launcher.placement import Policy, place
 from launcher.plan import LaunchPlan
 from launcher.planner import Opened
 from launcher.reach import Reach, reach
+from launcher.running import check_free
 from launcher.topology import Topology
 
 if TYPE_CHECKING:  # not for --help and --dry-run
@@ -46,20 +47,7 @@ TOKEN_BYTES = 16
 
 def main() -> int:
     """Runs the command line of this process and returns its exit code."""
-    try:
-        return launch(flags.parse(sys.argv[1:]), os.environ)
-    except UserError as fault:
-        sys.stderr.write(f"falcon-launch: {fault}\n")
-        return EXIT_USER_ERROR
-    except LaunchError as fault:
-        sys.stderr.write(f"falcon-launch: {fault}\n")
-        return EXIT_FAILED
-    except Interruption as asked:
-        from launcher.interrupts import cause_of
-
-        return cause_of(asked.signal).exit_code
-    except KeyboardInterrupt:
-        return 130
+    return command.run("falcon-launch", lambda: launch(flags.parse(sys.argv[1:]), os.environ))
 
 
 def launch(order: Order, environ: Mapping[str, str]) -> int:
@@ -91,6 +79,8 @@ def _run(
     from launcher.interrupts import cause_of
     from launcher.series import Series
 
+    if config.resume_from:
+        check_free(Path(config.resume_from))
     with Console(quiet=order.quiet or order.as_json) as console:
         running = folder.Running()
 
@@ -187,6 +177,8 @@ def _show_plan(order: Order, config: LaunchConfig, cluster: Cluster, environ: Ma
     planned = _plan(config, cluster, environ, Opened(), dry_run=True)
     if order.as_json:
         sys.stdout.write(json.dumps(render.plan_json(planned), indent=1) + "\n")
+        if order.explain:
+            sys.stderr.write("\n".join(_explained(config, cluster)[1:]) + "\n")
         return 0
     names = [item.partition("=")[0] for item in config.launch.env]
     notes = _notes(config, cluster, environ)
@@ -243,15 +235,17 @@ class _Start:
         meeting = discover.meet(self._agents, self._hosts)
         cluster = join(self._hosts, facts, meeting)
         planned = _plan(config, cluster, self._environ, self._open(cluster), dry_run=False)
+        check_free(Path(planned.site.run_dir))  # once more: hosts took their time to answer
         folder.create(config, planned)
         console = self._console
         notes = (*_notes(config, cluster, self._environ), *self._way.notes(facts), *check_notes, *meeting.notes)
         for text in (f"run {planned.site.run_id}: {planned.site.run_dir}", *notes):
             console.say(text)
+        show = console.complain if order.as_json else console.conclude  # standard output is the report's then
         if order.report_bindings:
-            console.conclude(render.binding_table(planned))
+            show(render.binding_table(planned))
         if order.explain:
-            console.conclude("\n".join(_explained(config, cluster)))
+            show("\n".join(_explained(config, cluster)))
         self._running.tell(planned, self._hosts)
         report = Run(planned, self._agents, console, Record(planned, notes), self._patience()).until_done()
         folder.keep_report(planned, report)

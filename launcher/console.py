@@ -31,10 +31,10 @@ class Console:
     ) -> None:
         self._outlet.close()
 
-    def say(self, text: str) -> None:
-        """A line of progress."""
+    def say(self, text: str, *, always: bool = False) -> None:
+        """Lines of progress; ``always``: not left out where others are that nobody reads."""
         if not self._quiet:
-            self._write(f"{text}\n")
+            self._write(f"{text}\n", always=always)
 
     def conclude(self, text: str) -> None:
         """Text that is shown in any case."""

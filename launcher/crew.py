@@ -22,7 +22,9 @@ from launcher.plan import RANK_EVENT_FD, RANK_STORE_FD, NodePlan, RankPlan, Task
 STACKS_S: Final = 1.5
 """How long ranks get to write their stacks."""
 FLOOD_BYTES: Final = 4 << 20
-"""More than this unsent: output is left out on the way, never in the files."""
+"""More than this unsent: output waits in the files."""
+FLOOD_AT_END_BYTES: Final = 32 << 20
+"""More than this unsent when a process has ended: the rest is left out on the way, never in the files."""
 
 
 class Host(Protocol):
@@ -66,7 +68,7 @@ class Crew:
     def prepare(self, plan: NodePlan) -> None:
         """Takes the plan, writes what it sends along, and runs its preparations one after the other."""
         self._plan = plan
-        self._shared = rundir.settle(plan)
+        self._shared = rundir.settle(plan) and rundir.is_the_launchers(plan)
         if not self._shared:
             self._host.emit("apart")
         self._tasks.extend(plan.prepare)
@@ -116,10 +118,12 @@ class Crew:
             child.signal_group(signal.SIGKILL)
         bind.end_orphans()  # its own children, and what they started outside their group
 
-    def tell_output(self) -> None:
-        """Passes on what was written since the last time."""
+    def tell_output(self) -> bool:
+        """Passes on what was written since the last time, or a part of it; whether there is more to be told now."""
         for child in self._children.values():
-            self._tell_output_of(child, final=False)
+            self._tell_output_of(child, FLOOD_BYTES)
+        behind = any(tail.behind for child in self._children.values() for tail in child.tails.values())
+        return behind and self._host.unsent <= FLOOD_BYTES
 
     def reap(self) -> None:
         """Collects every process that has ended."""
@@ -201,21 +205,28 @@ class Crew:
             os.close(child.events_fd)
             child.events_fd = None
 
-    def _tell_output_of(self, child: Child, *, final: bool) -> None:
+    def _tell_output_of(self, child: Child, most_unsent: int, *, final: bool = False) -> None:
         for stream, tail in child.tails.items():
-            lines = tail.read(final=final)
-            if not lines or child.order.name == "store":
-                continue
-            if self._host.unsent > FLOOD_BYTES:
-                self.note_once("output comes faster than the link takes it; some lines are in the log files only")
-            else:
-                self._host.emit("output", task=child.order.name, rank=child.order.rank, stream=stream, lines=lines)
+            more = True
+            while more and self._host.unsent <= most_unsent:
+                lines = tail.read(final=final)
+                if lines and child.order.name != "store":
+                    told = {"task": child.order.name, "rank": child.order.rank, "stream": stream, "lines": lines}
+                    self._host.emit("output", **told)
+                more = final and bool(lines)
+
+    def _tell_rest_of(self, child: Child) -> None:
+        """What an ended process wrote last; how it ended does not wait for more than a link takes in a moment."""
+        self._tell_output_of(child, FLOOD_AT_END_BYTES, final=True)
+        left_out = [name for name, tail in child.tails.items() if tail.skip()]
+        if left_out:
+            self.note_once("output came faster than the link takes it; some lines are in the log files only")
 
     def _ended(self, child: Child, status: int, *, exited: bool, rss_bytes: int) -> None:
         child.reaped(status)
         self._on_rank_event(child)
         self._forget_events(child)
-        self._tell_output_of(child, final=True)
+        self._tell_rest_of(child)
         for tail in child.tails.values():
             tail.close()
         how = {"code": status if exited else None, "signal": None if exited else status}

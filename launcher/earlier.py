@@ -24,9 +24,12 @@ def find(resume: str, runs: Path, run_id: str | None) -> tuple[Path | None, str 
         UserError: there is no such run.
     """
     if resume != "auto":
-        for folder in (Path(resume), runs / resume):
-            if (folder / "config.json").is_file():
-                return folder.absolute(), None
+        try:
+            for folder in (Path(resume), runs / resume):
+                if (folder / "config.json").is_file():
+                    return folder.absolute(), None
+        except OSError as fault:
+            raise UserError(f'--resume: cannot be looked at: "{resume}"; {fault.strerror}') from fault
         raise UserError(f'--resume: no such run: "{resume}"; give a run folder, or a run id below {runs}')
     if run_id is not None:
         found = runs / run_id if (runs / run_id / "config.json").is_file() else None

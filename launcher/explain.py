@@ -25,7 +25,11 @@ def _of_node(node: Node, policy: Policy) -> list[tuple[CpuSet, str]]:
     compute = union(b.cpus for b in given)
     small = first - CpuSet.of(core.cpu for group in roomy(node, policy, groups) for core in group)
     idle = first - compute - comm - small
-    seconds = usable - first - compute
+    if policy.use_logical_cores:  # what becomes of a core becomes of all its threads
+        comm, small, idle = (
+            CpuSet.of(cpu for core in cores if core.cpu in part for cpu in core.cpus) for part in (comm, small, idle)
+        )
+    seconds = usable - first - compute - comm - small - idle
     return [
         (topology.offline, "offline"),
         (topology.cpus - topology.allowed, "outside this process's affinity mask or cpuset"),

@@ -19,6 +19,7 @@ from launcher.config import LaunchConfig
 from launcher.errors import LaunchError, UserError
 from launcher.hostfile import Hostfile
 from launcher.plan import LaunchPlan, Site
+from launcher.rundir import PLAN_FILE
 
 if TYPE_CHECKING:  # a --dry-run has no report, and every import delays it
     from launcher.report import RunReport
@@ -89,7 +90,7 @@ def create(config: LaunchConfig, plan: LaunchPlan) -> None:
         raise UserError(f'--runs-dir: cannot make the run folder: "{attempt}"; {fault.strerror}') from fault
     # The run's own config stays that of its first attempt: a resume that is refused must not change the run.
     _write(plan, "config.json", config.to_json(), keep_first=True)
-    _write(plan, "plan.json", plan.redacted().to_json())
+    _write(plan, PLAN_FILE, plan.redacted().to_json())
 
 
 def keep_report(plan: LaunchPlan, report: RunReport) -> None:
@@ -130,11 +131,11 @@ def read_report(run: str, runs_dir: str) -> RunReport:
     from launcher.report import RunReport
 
     for path in (Path(run) / "report.json", Path(runs_dir) / run / "report.json"):
-        if path.is_file():
-            try:
+        try:
+            if path.is_file():
                 return RunReport.from_json(json.loads(path.read_text()))
-            except (ValueError, KeyError, TypeError) as fault:
-                raise UserError(f'report: cannot be read: "{path}"; {fault!r}') from fault
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            raise UserError(f'report: cannot be read: "{path}"; {fault!r}') from fault
     raise UserError(
         f'report: no such run, or it has not ended: "{run}"; give a run folder, or a run id below {runs_dir}'
     )

@@ -66,7 +66,7 @@ class Joiner:
     """Puts the pieces of all tasks together again."""
 
     hosts: frozenset[str]
-    _parts: dict[str, bytes] = field(default_factory=dict)
+    _parts: dict[str, list[bytes]] = field(default_factory=dict)
 
     def take(self, frame: bytes) -> Said | None:
         """What this piece completes; None: nothing yet.
@@ -82,8 +82,6 @@ class Joiner:
             return Said(host=host, code=int(text))
         if kind == b"~":
             return Said(host=host, held=True)
-        whole = self._parts.pop(host, b"") + text
-        if kind == b"=":
-            return Said(host=host, line=whole)
-        self._parts[host] = whole
-        return None
+        self._parts.setdefault(host, []).append(text)
+        # Joined once: a line can be of thousands of pieces.
+        return Said(host=host, line=b"".join(self._parts.pop(host))) if kind == b"=" else None

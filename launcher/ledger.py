@@ -69,6 +69,9 @@ def goodput(entries: Sequence[Entry]) -> float | None:
     elapsed = last.ended_s - first.began_s
     if not steps or elapsed <= 0:
         return None
-    begun = next((entry.report.first_step for entry in entries if entry.report.first_step), 1)
-    kept = last.report.last_step - lines(entries)[-1].steps_lost - (begun or 1) + 1
+    worked = [line for line in lines(entries) if line.first_step]
+    if not worked:
+        return None
+    # An attempt that came to no step, as when its host was gone, took none away.
+    kept = worked[-1].last_step - worked[-1].steps_lost - (worked[0].first_step or 1) + 1
     return round(max(0, kept) * sorted(steps)[len(steps) // 2] / elapsed, 4)

@@ -87,15 +87,19 @@ def place(cluster: Cluster, policy: Policy) -> Placement:
 
 
 def usable_cores(node: Node, policy: Policy) -> list[list[UsableCore]]:
-    """Allowed physical cores, grouped by NUMA node; the nodes of a socket stand together."""
+    """Allowed physical cores, grouped by NUMA node; the nodes of a socket stand together.
+
+    For ranks of sockets by socket too: a NUMA node, or a machine that tells of none, can span several.
+    """
     topology, cpus = node.facts.topology, _chosen_cpus(node, policy)
-    groups: dict[int, list[UsableCore]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[UsableCore]] = defaultdict(list)
     for socket in topology.sockets:
         for numa in socket.numa_nodes:
             for core in numa.cores:
                 if allowed := core.cpus & cpus:
                     threads = tuple(allowed)
-                    groups[numa.numa_node].append(UsableCore(threads[0], numa.numa_node, socket.socket, threads))
+                    group = numa.numa_node, socket.socket if policy.per == "socket" else 0
+                    groups[group].append(UsableCore(threads[0], numa.numa_node, socket.socket, threads))
     return [sorted(cores) for cores in groups.values()]
 
 
@@ -105,10 +109,7 @@ def bindings(node: Node, policy: Policy) -> list[Binding]:
     Raises:
         UserError: as for ``place``.
     """
-    groups = usable_cores(node, policy)
-    if policy.per == "socket":  # a NUMA node, or a machine that tells of none, can span sockets
-        groups = [part for group in groups for part in _sockets_of(group)]
-    groups = roomy(node, policy, groups)
+    groups = roomy(node, policy, usable_cores(node, policy))
     budget = budget_of(node.facts.topology, groups, policy)
     count, seats = _count(node, policy, groups, budget)
     # A worker without a core of its own, or a rank without one to compute on, is no placement.
@@ -223,13 +224,6 @@ def _ways(groups: list[list[UsableCore]], count: int, per: Per, least: int) -> I
     elif len(groups) % count == 0:
         yield [_interleave(part) for part in _chunks(groups, count)]
     yield _chunks([core for group in groups for core in group], count)
-
-
-def _sockets_of(group: list[UsableCore]) -> list[list[UsableCore]]:
-    found: dict[int, list[UsableCore]] = defaultdict(list)
-    for core in group:
-        found[core.socket].append(core)
-    return list(found.values())
 
 
 def _by_socket(groups: list[list[UsableCore]]) -> list[list[list[UsableCore]]]:

@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from typing import Final
 
 REDACTED: Final = "<redacted>"
-_SECRET: Final = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|APIKEY|(^|_)(KEY|AUTH|PAT)(_|$)", re.IGNORECASE)
-_URL_LOGIN: Final = re.compile(r"(?<=://)[^/\s@]*@")
+_SECRET: Final = re.compile(
+    r"TOKEN(?!IZERS)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(API|ACCESS|PRIVATE)KEY|CONNECTION_STRING"
+    r"|(^|_)(KEY|AUTH|PAT|PASS|PGPASS|JWT)(_|$)|(?<=.)(?<!OLD)PWD$",
+    re.IGNORECASE,
+)
+_URL_LOGIN: Final = re.compile(r"(?<=://)[^/\s]*@")
 
 
 def is_secret(name: str) -> bool:

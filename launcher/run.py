@@ -64,7 +64,7 @@ class Run:
         self._living = dict(self._channels)
         self._console = console
         self._record = record
-        self._mirror = Mirror(record)
+        self._mirror = Mirror(record, self._note)
         self._deadline: float | None = None
         self._beat_at = 0.0
         self._flushing: set[int] = set()
@@ -236,15 +236,14 @@ class Run:
         if node_rank is not None and len(self._channels) > 1:
             text = f"{self._channels[node_rank].host}: {text}"
         self._record.note(text)
-        self._console.say(f"note: {text}")
+        self._console.say(f"note: {text}", always=True)
 
     def _on_output(self, node_rank: int, task: str, rank: int | None, stream: str, lines: list[str]) -> None:
         if task == "rank" and rank is not None:
             self._mirror.append(node_rank, rank, stream, lines)
         if rank is None and node_rank and stream == "stderr":
             return  # told once more if it fails
-        for line in lines:
-            self._console.say(render.output_line(rank, line))
+        self._console.say("\n".join(render.output_line(rank, line) for line in lines))
 
     def _on_exit(self, node_rank: int, rank: int, event: dict[str, Any]) -> None:
         self._mirror.keep(node_rank, rank, event["files"])

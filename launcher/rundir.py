@@ -9,6 +9,8 @@ from launcher.plan import NodePlan
 
 MOST_KEPT_BYTES: Final = 1 << 20
 """Larger files of a rank stay on its host."""
+PLAN_FILE: Final = "plan.json"
+"""Written by the launcher alone, into the folder of the attempt."""
 NOT_KEPT: Final = ("stdout", "stderr")
 """These went to the launcher while they grew."""
 
@@ -24,18 +26,31 @@ def settle(plan: NodePlan) -> bool:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     missing = [(Path(name), text) for name, text in plan.files.items() if not _has(Path(name), text)]
     for path, text in missing:
-        partial = path.with_name(f"{path.name}.partial")
+        # A name of its own: hosts that share a disk among themselves, but not with the launcher, all write it now.
+        partial = path.with_name(f"{path.name}.partial-{plan.node_rank}")
         partial.write_text(text)
         partial.chmod(0o600)
         partial.rename(path)
     return not missing
 
 
+def is_the_launchers(plan: NodePlan) -> bool:
+    """Whether the launcher's own files are here too; those sent along may be of a host that shares this disk."""
+    return Path(plan.roster).with_name(PLAN_FILE).exists()
+
+
 def kept(folder: Path) -> dict[str, str]:
-    """The small text files a rank has left in its folder, for a launcher that cannot see it."""
+    """The small text files a rank has left in its folder, for a launcher that cannot see it; others stay there."""
     found = [p for p in folder.iterdir() if p.is_file() and p.name not in NOT_KEPT]
     small = [p for p in found if p.stat().st_size <= MOST_KEPT_BYTES]
-    return {path.name: path.read_text(errors="replace") for path in small}
+    texts = {path.name: _text_of(path) for path in small}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _text_of(path: Path) -> str | None:
+    """What a file says; None: it is no text, as a compressed trace is none."""
+    data = path.read_bytes()
+    return None if b"\0" in data else data.decode(errors="replace")
 
 
 def _has(path: Path, text: str) -> bool:

@@ -47,7 +47,14 @@ class Running:
 
 def find_all(runs_dir: str) -> list[Running]:
     """Every run below ``runs_dir`` that has not ended by itself."""
-    return [_read(path) for path in sorted(Path(runs_dir).glob(f"*/{RUNNING_FILE}"))]
+    found = []
+    for path in sorted(Path(runs_dir).glob(f"*/{RUNNING_FILE}")):
+        try:
+            found.append(_read(path))
+        except UserError:
+            if path.exists():  # else it has just ended
+                raise
+    return found
 
 
 def find(run: str, runs_dir: str) -> Running:
@@ -56,10 +63,33 @@ def find(run: str, runs_dir: str) -> Running:
     Raises:
         UserError: there is none.
     """
+    if found := look(run, runs_dir):
+        return found
+    raise UserError(f'kill: no such run in progress: "{run}"; falcon ps lists those below {runs_dir}')
+
+
+def look(run: str, runs_dir: str) -> Running | None:
+    """The run in progress of this folder or id; None: it is not in progress."""
     for folder in (Path(run), Path(runs_dir) / run):
         if (folder / RUNNING_FILE).is_file():
             return _read(folder / RUNNING_FILE)
-    raise UserError(f'kill: no such run in progress: "{run}"; falcon ps lists those below {runs_dir}')
+    return None
+
+
+def check_free(run_dir: Path) -> None:
+    """Two launchers must not go on with the same run: each would take the other's checkpoints for its own.
+
+    Raises:
+        UserError: another process of this host does so. What runs on another host cannot be seen from here.
+    """
+    if not (run_dir / RUNNING_FILE).is_file():
+        return
+    launcher = _read(run_dir / RUNNING_FILE).launcher
+    if launcher.is_alive and launcher != Process.this():
+        raise UserError(
+            f'--resume: this run is in progress: "{run_dir.name}"; wait for its launcher, process {launcher.pid}, '
+            f"or end it with: falcon kill {run_dir.name}"
+        )
 
 
 def end(running: Running) -> list[tuple[str, str]]:

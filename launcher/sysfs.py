@@ -42,7 +42,10 @@ def load(path: Path) -> Topology:
         UserError: neither of them.
     """
     if path.is_dir():
-        return read(path)
+        try:
+            return read(path)
+        except ValueError as fault:
+            raise UserError(f'--topology: holds what no kernel writes: "{path}"; {fault}') from fault
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as fault:

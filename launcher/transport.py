@@ -120,9 +120,10 @@ class Channel:
         Raises:
             LaunchError: something other than an event arrived.
         """
-        lines = self._lines.read()
+        before, lines = self._lines.received, self._lines.read()
         now = time.monotonic()
-        self.heard_at = now if lines else self.heard_at
+        if self._lines.received > before:  # a long event takes its time over a slow link, and is a sign of life
+            self.heard_at = now
         self.held_at = now if self._lines.held else self.held_at
         return [event for line in lines if (event := self._event(line)) is not None]
 

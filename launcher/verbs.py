@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR
-from launcher import folder, render, sysfs
-from launcher.errors import LaunchError, UserError
+from falcon_dist.contract import EXIT_FAILED
+from launcher import command, folder, render, sysfs
+from launcher.errors import UserError
 
 OWN: Final = {
     "topology": "print what this machine is made of, as JSON",
@@ -36,19 +36,7 @@ HANDED_ON: Final = {
 
 def main() -> int:
     """Runs the command line of this process and returns its exit code."""
-    try:
-        code = run(sys.argv[1:])
-        sys.stdout.flush()
-        return code
-    except UserError as fault:
-        sys.stderr.write(f"falcon: {fault}\n")
-        return EXIT_USER_ERROR
-    except LaunchError as fault:
-        sys.stderr.write(f"falcon: {fault}\n")
-        return EXIT_FAILED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
-        return EXIT_FAILED
+    return command.run("falcon", lambda: run(sys.argv[1:]))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -92,10 +80,18 @@ def _report(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="as JSON")
     given = parser.parse_args(argv)
     report = folder.read_report(given.run, given.runs_dir)
-    parts = [render.failure_text(report), render.closing_text(report)]
+    parts = [_unfinished(given.run, given.runs_dir), render.failure_text(report), render.closing_text(report)]
     text = json.dumps(report.to_json(), indent=1) if given.json else "\n".join(p for p in parts if p)
     sys.stdout.write(text + "\n")
     return 0
+
+
+def _unfinished(run: str, runs_dir: str) -> str:
+    """What is to be known of a report that is not the last one; empty: nothing."""
+    from launcher import running
+
+    found = running.look(run, runs_dir)
+    return f"this run has not ended ({found.state}); its newest attempt that has:" if found else ""
 
 
 def _ps(argv: Sequence[str]) -> int:

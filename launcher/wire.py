@@ -22,10 +22,12 @@ class Lines:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._rest = b""
+        self._rest: list[bytes] = []
         self.ended = False
         self.held = False
         """The last read brought a word that the other end is held."""
+        self.received = 0
+        """Bytes so far, those of a line that is not whole yet among them."""
 
     def read(self) -> list[bytes]:
         """Whole lines of one read; sets ``ended`` at the end of the stream."""
@@ -37,7 +39,13 @@ class Lines:
             data = b""
         self.ended, self.held = not data, HELD in data
         data = data.replace(HELD, b"")
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        self.received += len(data)
+        first, *others = data.split(b"\n")
+        self._rest.append(first)
+        if not others:  # nothing is joined before the end is there: a long line would be copied at every read
+            return []
+        lines = [b"".join(self._rest), *others[:-1]]
+        self._rest = [others[-1]]
         return lines
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import roster
+from launcher import roster, running
+from launcher.errors import UserError
 
 BIN = Path(sys.executable).parent
 LAUNCH, FALCON = str(BIN / "falcon-launch"), str(BIN / "falcon")
@@ -46,11 +47,14 @@ def outcome(folder: Path) -> tuple[str, int]:
 def test_a_run_that_waits_for_its_next_attempt_is_listed_and_can_be_ended(tmp_path):
     process = start(tmp_path, FAIL, "restart 3 of 5 in 4 s")
     assert falcon(tmp_path, "ps")[1].splitlines()[1].startswith("one ")
+    told = falcon(tmp_path, "report", "one")[1].splitlines()
+    assert told[0] == "this run has not ended (running); its newest attempt that has:"
     assert falcon(tmp_path, "kill", "one")[0] == 0
     _, err = process.communicate(timeout=10)
     assert (process.returncode, attempts(tmp_path), outcome(tmp_path)) == (143, 3, ("interrupted", 143))
     assert err.splitlines()[-1] == "not started again: SIGTERM came before the next attempt"
     assert falcon(tmp_path, "ps")[1] == "nothing runs\n"
+    assert "has not ended" not in falcon(tmp_path, "report", "one")[1]
 
 
 @pytest.mark.parametrize(
@@ -101,3 +105,26 @@ def test_what_runs_on_another_host_alone_is_not_said_to_be_gone(tmp_path):
     assert (tmp_path / RUN / "running.json").exists()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
+
+
+@pytest.mark.parametrize("words", [("--resume", "one"), ("--run-id", "one", "--resume", "auto")])
+def test_a_run_in_progress_is_not_gone_on_with_by_another_launcher(tmp_path, words):
+    process = start(tmp_path, SLEEP, "ready")
+    done = subprocess.run([LAUNCH, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    told = f'falcon-launch: --resume: this run is in progress: "one"; wait for its launcher, process {process.pid}, or'
+    assert (done.returncode, done.stderr) == (2, f"{told} end it with: falcon kill one\n")
+    assert attempts(tmp_path) == 1
+    assert falcon(tmp_path, "ps")[1].splitlines()[1].startswith("one ")
+    process.terminate()
+    process.communicate(timeout=20)
+
+
+def test_a_run_that_ends_while_runs_are_listed_is_none(tmp_path, monkeypatch):
+    (tmp_path / "one").mkdir()
+    file = tmp_path / "one/running.json"
+    file.write_text("{}")
+    with pytest.raises(UserError, match="remove it if nothing runs"):
+        running.find_all(str(tmp_path))
+    read = running._read
+    monkeypatch.setattr(running, "_read", lambda path: (path.unlink(), read(path)))
+    assert running.find_all(str(tmp_path)) == []

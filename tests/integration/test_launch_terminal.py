@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-LAUNCH = str(Path(sys.executable).parent / "falcon-launch")
+LAUNCH, FALCON = (str(Path(sys.executable).parent / name) for name in ("falcon-launch", "falcon"))
 TALK = """
 import os, sys, time
 until = time.monotonic() + float(sys.argv[1])
@@ -21,6 +21,7 @@ while time.monotonic() < until:
     time.sleep(0.05)
 """
 FLOOD = "import sys, time\nfor n in range(5000):\n    print('x' * 99)\nsys.stdout.flush()\ntime.sleep(12)\n"
+BURST = "import os\nfor _ in range(12):\n    os.write(1, (b'x' * 99 + b'\\n') * 10_000)\n"
 
 
 def start(folder: Path, *words: str, code: str = TALK, seconds: int = 2, **options) -> subprocess.Popen:
@@ -78,6 +79,56 @@ def test_a_reader_that_waits_does_not_end_the_run(tmp_path):
     assert select.select([process.stdout], [], [], 0)[0]
     assert process.stdout.read().count(b"x" * 99) == 5000
     assert process.wait(timeout=10) == 0
+
+
+def test_much_output_at_once_all_arrives_and_does_not_end_the_run(tmp_path):
+    with (tmp_path / "log").open("wb") as log:
+        process = start(tmp_path, LAUNCH, code=BURST, stdout=log, stderr=subprocess.PIPE, text=True)
+        _, complaints = process.communicate(timeout=60)
+    assert (process.returncode, complaints) == (0, "")
+    assert (tmp_path / "log").read_text().count("x" * 99) == 120_000
+
+
+def falcon(folder: Path, *words: str, closed: str = "", **options) -> subprocess.CompletedProcess:
+    """A command as a shell starts it that redirects or closes its streams."""
+    (folder / "talk.py").write_text(TALK)
+    options = {"stderr": subprocess.PIPE, **options}
+    line = ["sh", "-c", f'exec "$@" {closed}', "sh", *words, "--nproc-per-node", "1", "talk.py", "0"]
+    return subprocess.run(line, cwd=folder, timeout=60, check=False, text=True, **options)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing(tmp_path, closed):
+    done = falcon(tmp_path, LAUNCH, closed=closed)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert report_of(tmp_path)["outcome"] == "ok"
+
+
+def test_a_plan_that_cannot_be_written_is_told_in_a_line(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        done = falcon(tmp_path, LAUNCH, "--dry-run", stdout=full)
+    assert (done.returncode, done.stderr) == (1, "falcon-launch: No space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = falcon(tmp_path, LAUNCH, "--dry-run", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_report_as_json_stands_alone_on_standard_output(tmp_path):
+    done = falcon(tmp_path, LAUNCH, "--json", "--report-bindings", "--explain", stdout=subprocess.PIPE)
+    assert json.loads(done.stdout)["outcome"] == "ok"
+    assert done.stderr.startswith("host ")
+    done = falcon(tmp_path, LAUNCH, "--json", "--explain", "--dry-run", stdout=subprocess.PIPE)
+    assert list(json.loads(done.stdout)) == ["nodes"]
+    assert "cpu" in done.stderr
+
+
+@pytest.mark.parametrize("words", [(FALCON, "report"), (LAUNCH, "--resume")])
+def test_a_name_that_no_run_can_have_is_told_in_a_line(tmp_path, words):
+    done = subprocess.run([*words, "x" * 300], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "File name too long" in done.stderr
 
 
 def report_of_a_long_run(folder: Path) -> dict:

@@ -18,7 +18,7 @@ HEADER = struct.Struct("<IHB")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, its trackers' files beside it, and a second run that was resumed."""
+    """A run, and its trackers' files beside it."""
     folder = tmp_path_factory.mktemp("trackers")
     recipe = write_inputs(folder)
     env = ("WANDB_MODE=offline", f"WANDB_DIR={folder}", f"MLFLOW_TRACKING_URI=file:{folder}/mlruns")

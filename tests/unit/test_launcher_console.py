@@ -2,6 +2,7 @@
 
 import os
 import select
+from pathlib import Path
 
 from launcher.outlet import MOST_WAITING, Outlet
 
@@ -64,3 +65,23 @@ def test_a_descriptor_that_does_not_wait_gets_all_the_same():
     outlet.close()
     os.close(reader)
     os.close(writer)
+
+
+def test_lines_that_come_fast_are_all_written_where_somebody_takes_them(tmp_path):
+    path = tmp_path / "log"
+    outlet = Outlet()
+    with path.open("wb") as file:
+        for number in range(50_000):
+            outlet.put(file.fileno(), f"{number}\n", always=False)
+        outlet.close()
+    assert path.read_text().split() == [str(number) for number in range(50_000)]
+
+
+def test_an_output_that_cannot_be_written_is_told_once(capfd):
+    outlet = Outlet()
+    with Path("/dev/full").open("wb") as full:
+        for _ in range(3):
+            outlet.put(full.fileno(), "a line\n")
+        outlet.close()
+    told = "output cannot be written any more: No space left on device; the run folder has all\n"
+    assert capfd.readouterr().err == told

@@ -1,5 +1,6 @@
 """The placement that machines get which we do not have: ranks, their communication cores, their memory."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -167,6 +168,30 @@ def test_cores_of_a_node_too_small_for_a_rank_are_explained(tmp_path):
     cluster = join(parse("node1", "hosts"), [facts_of(topology)], alone())
     assert explain.unused(cluster, Policy()) == [
         ("node1", "0", "far fewer than another NUMA node has; --nproc-per-node numa gives each a rank")
+    ]
+
+
+def test_a_socket_too_small_for_a_rank_is_explained_where_a_numa_node_spans_both(tmp_path):
+    topology = sysfs.read(write_tree(tmp_path, **UNEVEN))
+    one_domain = tuple(
+        dataclasses.replace(s, numa_nodes=(dataclasses.replace(s.numa_nodes[0], numa_node=0),))
+        for s in topology.sockets
+    )
+    cluster = join(parse("node1", "hosts"), [facts_of(dataclasses.replace(topology, sockets=one_domain))], alone())
+    policy = Policy(per="socket")
+    assert [str(b.cpus) for b in bindings(cluster.nodes[0], policy)] == ["1-7"]
+    assert explain.unused(cluster, policy) == [
+        ("node1", "0", "far fewer than another NUMA node has; --nproc-per-node numa gives each a rank")
+    ]
+
+
+def test_threads_of_an_unused_core_are_explained_with_it(tmp_path):
+    topology = sysfs.read(write_tree(tmp_path, sockets=2, cores_per_node=[4, 4], smt=2))
+    cluster = join(parse("node1", "hosts"), [facts_of(topology)], alone())
+    rows = explain.unused(cluster, Policy(use_logical_cores=True, ncores_per_rank=2, comm_cores=1))
+    assert rows == [
+        ("node1", "2,6,10,14", "kept free for collective workers (--ccl-worker-count)"),
+        ("node1", "3,7,11,15", "--ncores-per-rank 2"),
     ]
 
 

@@ -92,15 +92,27 @@ def test_secrets_are_struck_out(make_plan):
         assert "k3y" not in text
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "MY_SECRET", "DB_PASSWORD", "API_KEY", "WANDB_API_KEY"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("HF_TOKEN", "MY_SECRET", "DB_PASSWORD", "API_KEY", "WANDB_API_KEY", "DB_PASS", "SSH_PASSPHRASE", "MYSQL_PWD"),
+        *("ACCESSKEY", "SIGNING_PRIVATEKEY", "AZURE_STORAGE_CONNECTION_STRING", "MY_JWT"),
+    ],
+)
 def test_secret_names(name):
     assert is_secret(name)
     assert redact({name: "x"}) == {name: REDACTED}
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "PATH", "HOME", "KEYBOARD", "AUTHOR"])
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "PATH", "HOME", "KEYBOARD", "AUTHOR", "PWD", "OLDPWD"])
 def test_names_of_no_secret(name):
     assert not is_secret(name)
+
+
+@pytest.mark.parametrize("login", ["me:s3cret", "me", "me:s3@cret", "me@example.org:s3cret"])
+def test_a_login_in_an_address_is_no_part_of_what_is_shown(login):
+    told = redact({"TRACKER": f"https://{login}@host:5000/a@b, http://other/"})
+    assert told == {"TRACKER": f"https://{REDACTED}@host:5000/a@b, http://other/"}
 
 
 def test_shape_of_the_json(make_plan):

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import series, silence
+from launcher import ledger, series, silence
 from launcher.checks import judge
 from launcher.cluster import HostFacts
 from launcher.config import LaunchConfig, LaunchSettings
 from launcher.errors import HostError, LaunchError, UserError
 from launcher.events import Cause, Kind, Lost
 from launcher.hostfile import parse_list
+from launcher.ledger import Entry
 from launcher.report import RankOutcome, RunReport, outcome_of
 from launcher.supervise import begin, decide
 
@@ -125,3 +126,20 @@ def test_of_two_that_differ_neither_is_blamed():
     with pytest.raises(HostError) as fault:
         judge(["a", "b"], [facts("1"), facts("2")], [SURVEY, SURVEY | {"code": "d"}], "/w", None)
     assert fault.value.hosts == ()
+
+
+def worked(first: int | None, last: int, checkpoint: int) -> RunReport:
+    steps = {"first_step": first, "last_step": last, "checkpoint_step": checkpoint, "step_s": 1.0 if first else None}
+    return dataclasses.replace(report("lost"), **steps)
+
+
+@pytest.mark.parametrize("after", [[], [(None, 0, 0)], [(91, 95, 0)], [(91, 95, 0), (None, 0, 0), (None, 0, 0)]])
+def test_attempts_that_came_to_nothing_take_no_kept_step_away(after):
+    attempts = [worked(*steps) for steps in [(1, 100, 90), *after]]
+    entries = [Entry(report=one, cause="x", began_s=0.0, ended_s=180.0) for one in attempts]
+    assert ledger.goodput(entries) == 0.5
+
+
+def test_without_a_step_there_is_no_goodput():
+    entry = Entry(report=dataclasses.replace(worked(None, 0, 0), step_s=1.0), cause="x", began_s=0.0, ended_s=9.0)
+    assert ledger.goodput([entry]) is None

@@ -190,3 +190,12 @@ def test_each_task_takes_what_is_for_it():
     assert frames.taken("node1", b'node1 {"command": "start"}') == b'{"command": "start"}'
     assert frames.taken("node1", b'node10 {"command": "start"}') is None
     assert frames.taken("node1", frames.down_end("node1").rstrip(b"\n")) == b""
+
+
+def test_pieces_of_a_long_line_are_put_together_once():
+    joiner = frames.Joiner(frozenset({"node1"}))
+    for piece in (b"a", b"b"):
+        assert joiner.take(b"node1 +" + piece) is None
+    assert joiner._parts == {"node1": [b"a", b"b"]}
+    assert joiner.take(b"node1 =c") == frames.Said(host="node1", line=b"abc")
+    assert joiner.take(b"node1 =d") == frames.Said(host="node1", line=b"d")

@@ -125,3 +125,9 @@ def test_saved_topologies_by_path_and_by_host(tmp_path):
 def test_a_topology_that_is_none(given, fault):
     with pytest.raises(UserError, match=fault):
         sysfs.load_for(["localhost"], [given])
+
+
+def test_a_folder_with_what_no_kernel_writes_is_told_in_a_line(tmp_path):
+    put(write_tree(tmp_path), "sys/devices/system/cpu/online", "all")
+    with pytest.raises(UserError, match=r'^--topology: holds what no kernel writes: ".*"; not a list of cpus.*"all"$'):
+        sysfs.load(tmp_path)

@@ -1,4 +1,6 @@
 import contextlib
+import dataclasses
+import gzip
 import hashlib
 import json
 import os
@@ -43,6 +45,30 @@ def test_nobody_waits_for_a_reader():
     os.close(reader)
     outbox.put({})
     assert outbox.broken
+
+
+def test_a_line_of_many_reads_is_one_line():
+    reader, writer = os.pipe()
+    lines, whole = Lines(reader), []
+    os.write(writer, b"one\ntw")
+    whole += lines.read()
+    for _ in range(3):
+        os.write(writer, b"o" * 20_000)
+        whole += lines.read()
+    os.write(writer, b"\n\nthree\n")
+    os.close(writer)
+    whole += [*lines.read(), *lines.read()]
+    assert whole == [b"one", b"tw" + b"o" * 60_000, b"", b"three"]
+    assert (lines.ended, lines.received) == (True, sum(map(len, whole)) + 4)
+    os.close(reader)
+
+
+def test_a_part_of_a_long_event_is_a_sign_of_life():
+    channel = channel_to("import sys; print('{', end='', flush=True); sys.stdin.read()")
+    channel.heard_at = 0.0
+    assert channel.receive() == []
+    assert channel.heard_at > 0
+    channel.close()
 
 
 def channel_to(code: str) -> Channel:
@@ -219,6 +245,38 @@ def node_plan(folder, node_rank=1):
     )
 
 
+def test_hosts_that_share_a_disk_may_write_the_same_file_at_a_time(tmp_path, monkeypatch):
+    """Between the writing of one host and its next step another one does all of it."""
+    one, other = node_plan(tmp_path), dataclasses.replace(node_plan(tmp_path), node_rank=2)
+    write = Path.write_text
+
+    def slowly(path, text):
+        monkeypatch.setattr(Path, "write_text", write)
+        write(path, text)
+        rundir.settle(other)
+
+    monkeypatch.setattr(Path, "write_text", slowly)
+    rundir.settle(one)
+    (attempt,) = (tmp_path / "runs/r").iterdir()
+    assert [path.name for path in attempt.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("launchers", [True, False])
+def test_a_disk_that_hosts_share_among_themselves_is_not_the_launchers(tmp_path, launchers):
+    plan, teller = node_plan(tmp_path), Teller()
+    rundir.settle(plan)
+    if launchers:
+        Path(plan.roster).with_name("plan.json").write_text("{}\n")
+    Crew(teller).prepare(dataclasses.replace(plan, node_rank=2))
+    assert teller.told == (["prepared"] if launchers else ["apart", "prepared"])
+
+
+def test_files_that_are_no_text_stay_on_their_host(tmp_path):
+    (tmp_path / "trace.json.gz").write_bytes(gzip.compress(b"{}"))
+    (tmp_path / "stacks.txt").write_bytes("Fäden".encode()[:-4])  # cut where the process ended
+    assert rundir.kept(tmp_path) == {"stacks.txt": "F\ufffd"}
+
+
 def test_a_folder_that_is_only_remembered_as_missing_is_shared(tmp_path, monkeypatch):
     """As over NFS: until somebody makes the folder, what another host wrote into it is not seen."""
     plan = node_plan(tmp_path)
@@ -246,7 +304,7 @@ class Told:
     """What a mirror needs of a record."""
 
     def __init__(self, folder):
-        self.apart = set()
+        self.apart, self.note = set(), print
         self.plan_of = lambda rank: SimpleNamespace(rank_dir=str(folder / f"rank_{rank:04d}"))
 
 
@@ -262,6 +320,19 @@ def test_what_is_written_into_a_shared_folder_is_not_written_once_more(tmp_path)
     own.keep(2, 2, {"result.json": "{}"})
     assert (record.apart, (tmp_path / "rank_0002/stdout").read_text()) == ({2}, "a line\n")
     assert (tmp_path / "rank_0002/result.json").read_text() == "{}"
+
+
+def test_a_copy_that_cannot_be_made_ends_no_run_and_is_told_once(tmp_path):
+    record, notes = Told(tmp_path), []
+    own = Mirror(record, notes.append)
+    record.apart.add(1)
+    (tmp_path / "rank_0001").mkdir()
+    (tmp_path / "rank_0001/stdout").symlink_to("/dev/full")
+    for _ in range(2):
+        own.append(1, 1, "stdout", ["a line"])
+    own.keep(1, 1, {"stdout": "x", "result.json": "{}"})
+    assert notes == ["output of ranks on other hosts is not copied into the run folder: No space left on device"]
+    assert (tmp_path / "rank_0001/result.json").read_text() == "{}"
 
 
 class Teller:

@@ -61,6 +61,7 @@ LAYERS = {
             "folder",
             "running",
             "mirror",
+            "command",
             "console",
             "outlet",
             "run",

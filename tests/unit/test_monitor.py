@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from falcon_dist import keeping
+from falcon_dist import keeping, measure
 from falcon_dist.config import CheckpointConfig, EvaluateConfig
 from falcon_dist.contract import UserError
 from falcon_dist.measure import catch_up
@@ -162,3 +163,23 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
         read_prompts(tmp_path / "p.jsonl")
     with pytest.raises(UserError, match="no such file"):
         read_prompts(tmp_path / "nothing.txt")
+
+
+def test_a_loss_that_is_no_number_is_never_the_best() -> None:
+    points = [Point(1, math.nan), Point(2, 2.0), Point(3, math.inf), Point(4, 1.0)]
+    assert [best_of(points[:count]) for count in range(5)] == [None, None, points[1], points[1], points[3]]
+    assert not exhausted(points, 2, 0.0)
+
+
+@pytest.mark.parametrize("left", ["", "{", None])
+def test_what_was_measured_of_the_base_is_measured_again_where_it_was_lost(tmp_path, monkeypatch, left) -> None:
+    config = SimpleNamespace(evaluate=EvaluateConfig(base=True))
+    run = SimpleNamespace(folder=tmp_path, world=SimpleNamespace(is_main=True), config=config)
+    measured: list[int] = []
+    monkeypatch.setattr(measure, "agree_on", lambda number: number)
+    monkeypatch.setattr(measure, "measure", lambda *_: (measured.append(1), {"answers": {"a": "b"}})[1])
+    if left is not None:
+        (tmp_path / measure.BASE_FILE).write_text(left)
+    for _ in range(2):
+        assert measure.measure_base(run, *[SimpleNamespace()] * 3) == {"answers": {"a": "b"}}
+    assert (len(measured), [path.name for path in tmp_path.iterdir()]) == (1, [measure.BASE_FILE])

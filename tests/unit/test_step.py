@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import falcon_7b, llama, make_model
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from falcon_dist.config import LoopConfig
 from falcon_dist.contract import UnsoundError, UserError
 from falcon_dist.engine.adamw import PIECE, MasterAdamW
 from falcon_dist.engine.peak import Gauge, gemm_gflops, slow_bf16, step_flops
 from falcon_dist.order import plan_schedule
-from falcon_dist.profiling import check_profile
+from falcon_dist.profiling import ProfileCallback, check_profile
 from falcon_dist.soundness import Soundness, gradient_norm
 from falcon_dist.step_clock import PARTS, StepClock
 from falcon_dist.world import World
@@ -106,3 +108,17 @@ def test_traces_longer_than_the_run_are_refused() -> None:
         check_profile(4, 5)
     with pytest.raises(UserError, match=r"report.profile: must be 0 or more: -1"):
         check_profile(-1, 5)
+
+
+@pytest.mark.parametrize("last", [4, 7])
+def test_a_trace_is_written_also_where_training_stops_early(tmp_path: Path, last: int) -> None:
+    told: list[str] = []
+    callback = ProfileCallback(4, tmp_path, told.append)
+    args, control = TrainingArguments(output_dir=str(tmp_path)), TrainerControl()
+    for step in range(last):
+        callback.on_step_begin(args, TrainerState(global_step=step), control)
+        torch.ones(2).sum()
+        callback.on_step_end(args, TrainerState(global_step=step + 1), control)
+    callback.on_train_end(args, TrainerState(global_step=last), control)
+    assert told == [f"trace of {min(4, last - 2)} steps: {tmp_path}/trace.json.gz"]
+    assert (tmp_path / "trace.json.gz").stat().st_size > 0

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import llama, make_model
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from falcon_dist.config import OptimConfig, TrainConfig, build, check_known, flatten, keys_of
+from falcon_dist.config import OptimConfig, ReportConfig, TrainConfig, build, check_known, flatten, keys_of
 from falcon_dist.contract import UserError
 from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
 from falcon_dist.evaluate import ratio
 from falcon_dist.learning_rate import learning_rate_factor
 from falcon_dist.loss import count_labels, token_losses
-from falcon_dist.tracking import evaluation_logs
+from falcon_dist.tracking import TENSORBOARD_FOLDER, evaluation_logs, trackers
 from falcon_dist.train_state import parameter_names
 from falcon_dist.world import World
 
@@ -153,3 +155,18 @@ def test_world_from_environment() -> None:
         World.from_env({**ENV, "RANK": "2"})
     with pytest.raises(UserError, match='LOCAL_RANK must be a whole number: ""'):
         World.from_env({k: v for k, v in ENV.items() if k != "LOCAL_RANK"})
+
+
+def test_steps_that_are_done_again_stand_in_the_curve_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args, control = TrainingArguments(output_dir=str(tmp_path)), TrainerControl()
+    for start, last, loss in ((0, 9, 3.0), (6, 8, 2.0)):
+        (tracker,) = trackers(ReportConfig(to=("tensorboard",)), tmp_path, start)
+        for step in range(1, last - start + 1):
+            tracker.on_log(args, TrainerState(global_step=step), control, logs={"loss": loss})
+        tracker.on_train_end(args, TrainerState(), control)
+    reader = EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER))
+    reader.Reload()
+    curve = [(told.step, told.value) for told in reader.Scalars("train/loss")]
+    assert curve == [*((step, 3.0) for step in range(1, 7)), (7, 2.0), (8, 2.0)]
