@@ -103,7 +103,7 @@ def _attention(part: Any) -> Any:
             query, key = turned_heads(query, cos, sin), turned_heads(key, cos, sin)
         else:
             query, key = modeling_llama.apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
-        heads = (x.transpose(1, 2) for x in (query, key, value))
-        return part.o_proj(attend(*heads, position_ids, part.scaling).flatten(2)), None
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return part.o_proj(attend(query, key, value, position_ids, part.scaling).flatten(2)), None
 
     return forward

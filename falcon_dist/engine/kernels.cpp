@@ -137,6 +137,46 @@ void turn(const bf16* in, const bf16* cosine, const bf16* sine, bf16* out, long 
   }
 }
 
+// Scores of rows of queries, the last of them beside the last key, become probabilities; norms are log-sum-exps.
+void causal_softmax(float* scores, bf16* weights, float* norms, long rows, long queries, long keys, float scale,
+                    int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long row = 0; row < rows; ++row) {
+    float* x = scores + row * keys;
+    bf16* made = weights + row * keys;
+    const long seen = keys - queries + row % queries + 1;
+    float most = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : most)
+    for (long i = 0; i < seen; ++i) most = x[i] > most ? x[i] : most;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < seen; ++i) sum += x[i] = exponential((x[i] - most) * scale);
+    const float each = 1.0f / sum;
+    norms[row] = most * scale + std::log(sum);
+#pragma omp simd
+    for (long i = 0; i < seen; ++i) made[i] = narrow(x[i] * each);
+    std::memset(made + seen, 0, static_cast<std::size_t>(keys - seen) * sizeof(bf16));
+  }
+}
+
+// Probabilities again, and gradients: those of the probabilities become those of the unscaled scores, in place.
+void causal_gradient(const float* scores, bf16* gradients, bf16* weights, const float* norms, const float* dots,
+                     long rows, long queries, long keys, float scale, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long row = 0; row < rows; ++row) {
+    const float *x = scores + row * keys, norm = norms[row], dot = dots[row];
+    bf16 *g = gradients + row * keys, *made = weights + row * keys;
+    const long seen = keys - queries + row % queries + 1, rest = keys - seen;
+#pragma omp simd
+    for (long i = 0; i < seen; ++i) {
+      const float p = exponential(x[i] * scale - norm);
+      made[i] = narrow(p);
+      g[i] = narrow(p * (wide(g[i]) - dot) * scale);
+    }
+    std::memset(made + seen, 0, static_cast<std::size_t>(rest) * sizeof(bf16));
+    std::memset(g + seen, 0, static_cast<std::size_t>(rest) * sizeof(bf16));
+  }
+}
+
 // Logits become the gradient of factor x cross entropy in place; a negative label counts nothing.
 void softmax_gradient(bf16* logits, const std::int64_t* labels, float* losses, long rows, long width, float factor,
                       int threads) {

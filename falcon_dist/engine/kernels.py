@@ -1,7 +1,7 @@
 """Elementwise passes of a step: in one go each by a small library of C++, or by torch's own operators.
 
-The library serves bfloat16 on CPUs. It is compiled in a second where a C++ compiler is, for this very processor, and kept
-in the user's cache. Everything else, and every machine without a compiler, goes by torch's operators: the same
+The library serves bfloat16 on CPUs. It is compiled in a second where a C++ compiler is, for this very processor, and
+kept in the user's cache. Everything else, and every machine without a compiler, goes by torch's operators: the same
 mathematics in several passes, so that what is kept for backward never depends on which it was.
 """
 
@@ -76,10 +76,15 @@ def _processor() -> bytes:
     return "\n".join(sorted(told)).encode()
 
 
-def _taken(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The library, where it takes these; fake tensors and those of other devices have no data."""
+def takes(*tensors: Tensor) -> bool:
+    """Whether there are kernels for these, once contiguous; fake tensors and those of other devices have no data."""
     plain = all(type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype == torch.bfloat16 for x in tensors)
-    return library() if plain and all(x.is_contiguous() for x in tensors) else None
+    return plain and library() is not None
+
+
+def _taken(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The library, where it takes these as they are."""
+    return library() if all(x.is_contiguous() for x in tensors) and takes(*tensors) else None
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:
@@ -157,13 +162,41 @@ def _in_tokens(heads: Tensor) -> bool:
     return plain and even and heads.stride()[2:] == (width, 1)
 
 
+def causal_softmax(scores: Tensor, queries: int, scale: float) -> tuple[Tensor, Tensor]:
+    """bf16 probabilities of [N, S x queries, K] fp32 scores, overwritten, and their log-sum-exp, by the library.
+
+    The last of each ``queries`` stands beside the last key, and none looks ahead.
+    """
+    lib = library()
+    assert lib is not None
+    assert scores.is_contiguous()
+    weights = torch.empty(scores.shape, dtype=torch.bfloat16)
+    norms = torch.empty(scores.shape[:-1])
+    sizes = map(ctypes.c_long, (norms.numel(), queries, scores.shape[-1]))
+    lib.causal_softmax(_at(scores), _at(weights), _at(norms), *sizes, ctypes.c_float(scale), _threads())
+    return weights, norms
+
+
+def causal_gradient_(
+    scores: Tensor, gradients: Tensor, norms: Tensor, dots: Tensor, *, queries: int, scale: float
+) -> Tensor:
+    """bf16 probabilities of such scores again; their gradients become those of the products of query and key."""
+    lib = library()
+    assert lib is not None
+    assert scores.is_contiguous()
+    assert gradients.is_contiguous()
+    weights, kept = torch.empty_like(gradients), (norms.contiguous(), dots.contiguous())
+    places = (_at(x) for x in (scores, gradients, weights, *kept))
+    sizes = map(ctypes.c_long, (norms.numel(), queries, scores.shape[-1]))
+    lib.causal_gradient(*places, *sizes, ctypes.c_float(scale), _threads())
+    return weights
+
+
 def softmax_gradient_(logits: Tensor, labels: Tensor, factor: float) -> Tensor | None:
     """As that of head.py, with the losses [N], not summed; None, and nothing done, where it cannot be."""
     if (lib := _taken(logits)) is None:
         return None
-    losses = torch.empty(len(logits))
+    losses, labels = torch.empty(len(logits)), labels.contiguous()
     size = (ctypes.c_long(logits.shape[0]), ctypes.c_long(logits.shape[1]))
-    lib.softmax_gradient(
-        _at(logits), _at(labels.contiguous()), _at(losses), *size, ctypes.c_float(factor), _threads()
-    )
+    lib.softmax_gradient(_at(logits), _at(labels), _at(losses), *size, ctypes.c_float(factor), _threads())
     return losses

@@ -36,7 +36,8 @@ class _Heads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return turned(grads[0], *ctx.saved_tensors, grads[0].new_empty(grads[0].shape), back=True), None, None
+        cos, sin = ctx.saved_tensors
+        return turned(grads[0], cos, sin, grads[0].new_empty(grads[0].shape), back=True), None, None
 
 
 def turned_heads(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
