@@ -22,6 +22,8 @@ from falcon_dist.engine.segment_products import segment_gradients, segment_outpu
 SEGMENTS: Final = "segments"
 """The name under which transformers' models find this attention."""
 
+SHORTEST: Final = 128
+"""Tokens of a segment from which batched products are faster, see docs/engine.md."""
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _SHARES_HEADS: Final = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 """The forward kernel takes fewer heads of keys than of queries; that of torch 2.8 reads past them without a word."""
@@ -97,8 +99,8 @@ def segment_attention_backward(
 
 
 def _of_segment(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """torch's kernel, the faster one with AMX, or batched products."""
-    if not has_tiles() and kernels.takes(query, key, value):
+    """torch's kernel, the faster one with AMX and for short segments, or batched products."""
+    if query.shape[2] >= SHORTEST and not has_tiles() and kernels.takes(query, key, value):
         return segment_output(query, key, value, scale)
     return _forward(query, key, value, 0.0, True, scale=scale)  # type: ignore[no-any-return]
 

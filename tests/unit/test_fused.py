@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from falcon_dist.config import EngineConfig, ModelConfig
-from falcon_dist.engine import kernels, segment_products
+from falcon_dist.engine import attention, kernels, segment_products
 from falcon_dist.engine.attention import SEGMENTS, register
 from falcon_dist.engine.form import TrainingForm, choose
 from falcon_dist.engine.fused import FusedParts
@@ -125,6 +125,21 @@ def test_attention_in_blocks(length: int, way: str, monkeypatch: pytest.MonkeyPa
     made = segment_gradients(grad, query, key, value, out, norms, 0.3)
     for found, of in zip(made, torch.autograd.grad(wanted, inputs, grad.double()), strict=True):
         assert distance(found, of) < 0.01
+
+
+@pytest.mark.usefixtures("way")
+def test_attention_of_packed_rows_is_that_of_each_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SHORTEST", 20)
+    place = torch.tensor([[*range(30), *range(10)], [*range(40)]])
+    heads = [bf16(2, 40, count, 16).transpose(1, 2) for count in (6, 3, 3)]
+    inputs = exact(*heads)
+    found = attention.attend(*heads, place, 0.3).transpose(1, 2)
+    for row, part in ((0, slice(30)), (0, slice(30, 40)), (1, slice(40))):
+        query, key, value = (x[row : row + 1, :, part] for x in inputs)
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), is_causal=True, scale=0.3
+        )
+        assert distance(found[row : row + 1, :, part], wanted) < 2 * ROUNDED
 
 
 def test_every_part_is_taken_and_given_back() -> None:
