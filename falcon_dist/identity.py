@@ -155,9 +155,9 @@ def _content(path: Path) -> bytes:
 
 
 def code_digest(package: Path) -> str:
-    """Hex sha256 of every Python file below a folder, and its name."""
+    """Hex sha256 of every file of Python and C++ below a folder, and its name."""
     whole = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".cpp")):
         whole.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
     return whole.hexdigest()
 

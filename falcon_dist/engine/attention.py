@@ -14,12 +14,16 @@ from torch import Tensor, library
 from transformers import AttentionInterface
 from transformers.models.falcon import modeling_falcon
 
+from falcon_dist.engine import kernels
+from falcon_dist.engine.linear import has_tiles
 from falcon_dist.engine.rotary import shared_heads
-from falcon_dist.engine.segment_gradients import segment_gradients
+from falcon_dist.engine.segment_products import segment_gradients, segment_output
 
 SEGMENTS: Final = "segments"
 """The name under which transformers' models find this attention."""
 
+SHORTEST: Final = 128
+"""Tokens of a segment from which batched products are faster, see docs/engine.md."""
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _SHARES_HEADS: Final = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 """The forward kernel takes fewer heads of keys than of queries; that of torch 2.8 reads past them without a word."""
@@ -68,7 +72,7 @@ def segment_attention(
     out = torch.empty_like(query)
     norms = torch.empty(batch, length, heads, dtype=torch.float32).transpose(1, 2)
     for span in spans(position_ids, batch):
-        part, norm = _forward(query[span], key[span], value[span], 0.0, True, scale=scale)
+        part, norm = _of_segment(query[span], key[span], value[span], scale)
         out[span] = part
         norms[span] = norm
     return out, norms
@@ -92,6 +96,13 @@ def segment_attention_backward(
         for whole, part in zip(grads, parts, strict=True):
             whole[span] = part
     return grads[0], grads[1], grads[2]
+
+
+def _of_segment(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """torch's kernel, the faster one with AMX and for short segments, or batched products."""
+    if query.shape[2] >= SHORTEST and not has_tiles() and kernels.takes(query, key, value):
+        return segment_output(query, key, value, scale)
+    return _forward(query, key, value, 0.0, True, scale=scale)  # type: ignore[no-any-return]
 
 
 def _expand(heads: Tensor, groups: int) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from falcon_dist.config import EngineConfig, ModelConfig, StrategyName
 from falcon_dist.contract import UserError
 from falcon_dist.engine.attention import SEGMENTS
+from falcon_dist.engine.fused import FusedParts
 from falcon_dist.engine.head import LossHead
 from falcon_dist.engine.linear import FastLayers, trained_layers
 from falcon_dist.loss import token_losses
@@ -34,7 +35,7 @@ class Choice:
     plain_attention: str
     """What it has in the plain form."""
     fast_layers: bool = False
-    """Weight gradients as in linear.py."""
+    """Weight gradients as in linear.py, norms, gates and turned heads as in fused.py."""
     reasons: tuple[str, ...] = ()
     """Why something is not the fast one, in a few words each."""
 
@@ -97,7 +98,7 @@ class TrainingForm:
     def __init__(self, model: PreTrainedModel, choice: Choice) -> None:
         self._model = model
         self._head: LossHead | None = None
-        self._layers: FastLayers | None = None
+        self._layers: list[FastLayers | FusedParts] = []
         self._active = False
         self.choice = choice
         self._set_attention(choice.plain_attention)
@@ -146,7 +147,8 @@ class TrainingForm:
         if self.choice.chunked_head:
             self._head = LossHead(self._model.get_output_embeddings())
         if self.choice.fast_layers:
-            self._layers = FastLayers(trained_layers(self._model, self._model.get_output_embeddings()))
+            fast = FastLayers(trained_layers(self._model, self._model.get_output_embeddings()))
+            self._layers = [fast, FusedParts(self._model)]
         self._active = True
 
     def _take_off(self) -> None:
@@ -154,9 +156,9 @@ class TrainingForm:
         if self._head is not None:
             self._head.remove()
             self._head = None
-        if self._layers is not None:
-            self._layers.remove()
-            self._layers = None
+        for layers in self._layers:
+            layers.remove()
+        self._layers = []
         self._active = False
 
     def _set_attention(self, name: str) -> None:

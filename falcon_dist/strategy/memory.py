@@ -23,6 +23,7 @@ from falcon_dist.contract import UserError
 from falcon_dist.engine.adafactor import state_shapes
 from falcon_dist.engine.attention import register
 from falcon_dist.engine.form import Choice, choose
+from falcon_dist.engine.fused import FusedParts
 from falcon_dist.engine.head import CHUNK_BYTES
 from falcon_dist.engine.native import WEIGHT_DTYPES
 from falcon_dist.masking import Masking
@@ -97,7 +98,7 @@ def predict(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> Ran
     weights = sum(param.numel() for param in params) * each
     working = _head_bytes(config, model, choice) + _widest_bytes(config, model, choice)
     adapters = trained_parameters(model, config.lora) if config.strategy == "lora" else 0
-    common = {"activations": _kept_bytes(config, model), "working": working}
+    common = {"activations": _kept_bytes(config, model, choice), "working": working}
     if config.strategy == "lora":
         state = adapters * (12 if each == 2 else 8)
         grads = adapters * each * (2 if world_size > 1 else 1)
@@ -183,7 +184,7 @@ def _widest_bytes(config: TrainConfig, model: PreTrainedModel, choice: Choice) -
     return int(4 * rows * widest * model.dtype.itemsize)
 
 
-def _kept_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
+def _kept_bytes(config: TrainConfig, model: PreTrainedModel, choice: Choice) -> int:
     """Bytes that forward of one micro-batch keeps for backward, each storage once, without the weights.
 
     Frozen weights keep less: with adapters, autograd drops inputs that only a weight's gradient would need.
@@ -193,6 +194,8 @@ def _kept_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
         from falcon_dist.world import World
 
         Lora(config, World()).ready(model)
+    if choice.fast_layers:
+        FusedParts(model)
     if config.loop.grad_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     autocast = config.precision == "bf16-autocast"

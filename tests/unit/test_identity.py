@@ -49,15 +49,15 @@ def test_adapters_have_the_configuration_of_their_model(tmp_path: Path) -> None:
     assert known(adapter)["model_config"] == known(base)["model_config"]
 
 
-def test_code_is_every_python_file_and_its_name(tmp_path: Path) -> None:
+def test_code_is_every_file_of_python_and_cpp_and_its_name(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1\n")
     seen = {identity.code_digest(tmp_path)}
     (tmp_path / "notes.md").write_text("no code")
     assert identity.code_digest(tmp_path) in seen
-    for name, text in (("a.py", "x = 2\n"), ("sub.py", ""), ("sub.py", "\n")):
+    for name, text in (("a.py", "x = 2\n"), ("sub.py", ""), ("sub.py", "\n"), ("k.cpp", "")):
         (tmp_path / name).write_text(text)
         seen.add(identity.code_digest(tmp_path))
-    assert len(seen) == 4
+    assert len(seen) == 5
 
 
 def test_differences_are_a_table() -> None:

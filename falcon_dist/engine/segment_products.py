@@ -1,9 +1,9 @@
-"""Backward of causal attention over one segment, as batched products in blocks of queries that stay in the cache.
+"""Causal attention over one segment, as batched products in blocks of queries that stay in the cache.
 
 torch's own backward kernel for CPUs multiplies bfloat16 outside of the matrix units; on a processor with AMX these
-products take a quarter of its time for segments of a few hundred tokens (docs/engine.md). Query heads that share a key
-head are rows of one product, so that shared gradients are summed inside it. The mathematics is that of
-FlashAttention-2 (arXiv:2307.08691, algorithm 2).
+products take a quarter of its time for segments of a few hundred tokens, and without AMX forward gains too
+(docs/engine.md). Query heads that share a key head are rows of one product, so that shared gradients are summed inside
+it. The mathematics is that of FlashAttention-2 (arXiv:2307.08691, algorithm 2).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
+
+from falcon_dist.engine import kernels
 
 SCORES_AT_ONCE: Final = 3 << 17
 """Scores of all heads in a block of queries: 1.5 MiB in fp32."""
@@ -26,6 +28,30 @@ class SegmentGradients(NamedTuple):
     key: Tensor
     """[B, G, T, D], summed over the query heads that share it."""
     value: Tensor
+
+
+def segment_output(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """[B, H, T, D] output in bf16 and [B, H, T] fp32 log-sum-exp of the scores, where kernels take these.
+
+    Args:
+        query: [B, H, T, D].
+        key: [B, G, T, D], H a multiple of G.
+        value: as ``key``.
+        scale: factor on the scores.
+    """
+    batch, groups, length, width = key.shape
+    flat = (batch * groups, query.shape[1] // groups)
+    keys, values = (x.reshape(flat[0], length, width) for x in (key.float(), value))
+    out, norms = torch.empty_like(query), torch.empty(query.shape[:-1])
+    rows = block_rows(query.shape[0] * query.shape[1], length)
+    for start in range(0, length, rows):
+        end = min(length, start + rows)
+        taken = query[:, :, start:end].reshape(flat[0], -1, width).float()
+        scores = torch.bmm(taken, keys[:, :end].transpose(1, 2))
+        weights, found = kernels.causal_softmax(scores, end - start, scale)
+        out[:, :, start:end] = torch.bmm(weights, values[:, :end]).view(batch, -1, end - start, width)
+        norms[:, :, start:end] = found.view(batch, -1, end - start)
+    return out, norms
 
 
 def segment_gradients(
@@ -70,10 +96,18 @@ def _block(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a block of queries, and its part of those of the keys and values up to its end."""
     grad, query, norms, dots = taken
+    scores, by_weights = torch.bmm(query.float(), keys.float().transpose(1, 2)), torch.bmm(grad, values.transpose(1, 2))
+    if kernels.takes(by_weights):
+        queries = query.shape[1] // sharing
+        weights = kernels.causal_gradient_(scores, by_weights, norms, dots, queries=queries, scale=scale)
+        return (
+            torch.bmm(by_weights, keys),
+            torch.bmm(by_weights.transpose(1, 2), query),
+            torch.bmm(weights.transpose(1, 2), grad),
+        )
     shape = (len(query), sharing, query.shape[1] // sharing, keys.shape[1])
-    weights = torch.bmm(query.float(), keys.float().transpose(1, 2)).mul_(scale).sub_(norms.unsqueeze(-1)).exp_()
+    weights = scores.mul_(scale).sub_(norms.unsqueeze(-1)).exp_()
     weights.view(shape)[..., shape[3] - shape[2] :].tril_()  # keys before the block are behind all of its queries
-    by_scores = torch.bmm(grad, values.transpose(1, 2)).float()
-    by_scores = by_scores.sub_(dots.unsqueeze(-1)).mul_(weights).mul_(scale).to(query.dtype)
+    by_scores = by_weights.float().sub_(dots.unsqueeze(-1)).mul_(weights).mul_(scale).to(query.dtype)
     by_value = torch.bmm(weights.to(query.dtype).transpose(1, 2), grad)
     return torch.bmm(by_scores, keys), torch.bmm(by_scores.transpose(1, 2), query), by_value

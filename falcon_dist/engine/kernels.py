@@ -1,0 +1,202 @@
+"""Elementwise passes of a step: in one go each by a small library of C++, or by torch's own operators.
+
+The library serves bfloat16 on CPUs. It is compiled in a second where a C++ compiler is, for this very processor, and
+kept in the user's cache. Everything else, and every machine without a compiler, goes by torch's operators: the same
+mathematics in several passes, so that what is kept for backward never depends on which it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from falcon_dist.packaged import cache_folder
+
+_log = logging.getLogger(__name__)
+
+SOURCE: Final = Path(__file__).with_name("kernels.cpp")
+_FLAGS: Final = (
+    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-ffp-contract=fast"),
+    *("-fno-math-errno", "-fno-trapping-math"),  # what is not a number is still passed on
+    *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
+)
+_TIMEOUT_S: Final = 120
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernels; None where there is no compiler, or none whose work can be kept and run."""
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    if compiler is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.SubprocessError) as fault:
+        said = getattr(fault, "stderr", None) or str(fault)
+        reason = next(iter(said.splitlines()), type(fault).__name__)
+        _log.warning("training is slower here, for its kernels cannot be compiled: %s", reason)
+        return None
+
+
+def _built(compiler: str) -> Path:
+    """Compiled for this processor, once; renamed when whole, so that ranks that compile at once do no harm."""
+    facts = [SOURCE.read_bytes(), repr((compiler, _FLAGS)).encode(), _processor()]
+    target = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(facts)).hexdigest()[:32]}.so"
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as name:
+        compiled, made = Path(name) / "kernels.o", Path(name) / "kernels.so"
+        # Linked without OpenMP: its symbols are those of the library that torch has loaded, with its threads.
+        for argv in (
+            [compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(made)],
+        ):
+            subprocess.run(argv, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        made.rename(target)
+    return target
+
+
+def _processor() -> bytes:
+    """What hosts that share a cache may differ in."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    told = {line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}
+    return "\n".join(sorted(told)).encode()
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether there are kernels for these, once contiguous; fake tensors and those of other devices have no data."""
+    plain = all(type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype == torch.bfloat16 for x in tensors)
+    return plain and library() is not None
+
+
+def _taken(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The library, where it takes these as they are."""
+    return library() if all(x.is_contiguous() for x in tensors) and takes(*tensors) else None
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _threads() -> ctypes.c_int:
+    return ctypes.c_int(torch.get_num_threads())
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, of the shape that both have."""
+    if (lib := _taken(gate, up)) is None:
+        return nn.functional.silu(gate) * up
+    out = torch.empty_like(gate)
+    lib.swiglu(_at(gate), _at(up), _at(out), ctypes.c_long(gate.numel()), _threads())
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up."""
+    if (lib := _taken(grad, gate, up)) is None:
+        of_gate: Tensor = torch.ops.aten.silu_backward(grad * up, gate)
+        return of_gate, grad * nn.functional.silu(gate)
+    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+    places = (_at(x) for x in (grad, gate, up, of_gate, of_up))
+    lib.swiglu_backward(*places, ctypes.c_long(gate.numel()), _threads())
+    return of_gate, of_up
+
+
+def rms(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[..., W] -> ``weight * x * scale`` and the fp32 scale [..., 1], one over the root of x's mean square."""
+    if (lib := _taken(x, weight)) is None:
+        exact = x.float()
+        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True).add_(eps))
+        return weight * (exact * scale).to(x.dtype), scale
+    out, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    size = (ctypes.c_long(scale.numel()), ctypes.c_long(x.shape[-1]))
+    lib.rms(_at(x), _at(weight), _at(out), _at(scale), *size, ctypes.c_float(eps), _threads())
+    return out, scale
+
+
+def rms_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
+    if (lib := _taken(grad, x, weight)) is None:
+        normal, exact = x.float() * scale, grad.float()
+        of_weight = (exact * normal).flatten(0, -2).sum(0)
+        weighted = exact * weight.float()
+        mean = (weighted * normal).mean(-1, keepdim=True)
+        return weighted.sub_(normal.mul_(mean)).mul_(scale).to(x.dtype), of_weight.to(weight.dtype)
+    threads, width = torch.get_num_threads(), x.shape[-1]
+    of_x, sums = torch.empty_like(x), torch.zeros(threads, width)
+    places = (_at(y) for y in (grad, x, weight, scale, of_x, sums))
+    lib.rms_backward(*places, ctypes.c_long(scale.numel()), ctypes.c_long(width), ctypes.c_int(threads))
+    return of_x, sums.sum(0).to(weight.dtype)
+
+
+def turn(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool) -> bool:
+    """Writes [B, T, H, D] heads, turned by [B, T, D] or [1, T, D] angles, to ``out``; whether this could be done."""
+    lib = _taken(cos, sin)
+    if lib is None or not all(_in_tokens(x) for x in (heads, out)):
+        return False
+    batch, length, count, width = heads.shape
+    sizes = (batch * length, cos.shape[0] * length, count, width, heads.stride(1), out.stride(1))
+    places = (_at(x) for x in (heads, cos, sin, out))
+    lib.turn(*places, *map(ctypes.c_long, sizes), ctypes.c_float(-1.0 if back else 1.0), _threads())
+    return True
+
+
+def _in_tokens(heads: Tensor) -> bool:
+    """Whether each token's heads lie side by side, and tokens at even distances."""
+    plain = type(heads) is Tensor and heads.dtype == torch.bfloat16
+    batch, length, _, width = heads.shape
+    even = batch == 1 or heads.stride(0) == length * heads.stride(1)
+    return plain and even and heads.stride()[2:] == (width, 1)
+
+
+def causal_softmax(scores: Tensor, queries: int, scale: float) -> tuple[Tensor, Tensor]:
+    """bf16 probabilities of [N, S x queries, K] fp32 scores, overwritten, and their log-sum-exp, by the library.
+
+    The last of each ``queries`` stands beside the last key, and none looks ahead.
+    """
+    lib = library()
+    assert lib is not None
+    assert scores.is_contiguous()
+    weights = torch.empty(scores.shape, dtype=torch.bfloat16)
+    norms = torch.empty(scores.shape[:-1])
+    sizes = map(ctypes.c_long, (norms.numel(), queries, scores.shape[-1]))
+    lib.causal_softmax(_at(scores), _at(weights), _at(norms), *sizes, ctypes.c_float(scale), _threads())
+    return weights, norms
+
+
+def causal_gradient_(
+    scores: Tensor, gradients: Tensor, norms: Tensor, dots: Tensor, *, queries: int, scale: float
+) -> Tensor:
+    """bf16 probabilities of such scores again; their gradients become those of the products of query and key."""
+    lib = library()
+    assert lib is not None
+    assert scores.is_contiguous()
+    assert gradients.is_contiguous()
+    weights, kept = torch.empty_like(gradients), (norms.contiguous(), dots.contiguous())
+    places = (_at(x) for x in (scores, gradients, weights, *kept))
+    sizes = map(ctypes.c_long, (norms.numel(), queries, scores.shape[-1]))
+    lib.causal_gradient(*places, *sizes, ctypes.c_float(scale), _threads())
+    return weights
+
+
+def softmax_gradient_(logits: Tensor, labels: Tensor, factor: float) -> Tensor | None:
+    """As that of head.py, with the losses [N], not summed; None, and nothing done, where it cannot be."""
+    if (lib := _taken(logits)) is None:
+        return None
+    losses, labels = torch.empty(len(logits)), labels.contiguous()
+    size = (ctypes.c_long(logits.shape[0]), ctypes.c_long(logits.shape[1]))
+    lib.softmax_gradient(_at(logits), _at(labels), _at(losses), *size, ctypes.c_float(factor), _threads())
+    return losses
