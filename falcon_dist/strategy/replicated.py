@@ -37,6 +37,8 @@ class Replicated:
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config = config
         self.world = world
+        self.keeps_state = config.checkpoint.optimizer
+        """The next checkpoint holds the optimizer's state."""
         self._all_used = True
 
     def check(self, schedule: Schedule) -> None:
@@ -94,7 +96,7 @@ class Replicated:
 
     def kept_state(self, model: PreTrainedModel, optimizer: NamedOptimizer) -> dict[str, torch.Tensor]:
         """The optimizer's state, where it is kept, in an order that no run depends on."""
-        if not self.config.checkpoint.optimizer:
+        if not self.keeps_state:
             return {}
         return dict(sorted(optimizer.named_state(train_state.parameter_names(model)).items()))
 
