@@ -217,9 +217,10 @@ def newest_verified(root: Path, *, below: int | None = None, tensors: bool = Tru
         tensors: as in ``fault_of``.
     """
     refused: list[tuple[Path, str]] = []
-    for path in sorted(root.glob("step-*"), reverse=True):
-        step = path.name.removeprefix("step-")
-        if not step.isdecimal() or (below is not None and int(step) >= below):
+    names = {path: path.name.removeprefix("step-") for path in root.glob("step-*")}
+    steps = {int(name): path for path, name in names.items() if name.isdecimal()}
+    for step, path in sorted(steps.items(), reverse=True):
+        if below is not None and step >= below:
             continue
         fault = fault_of(path, tensors=tensors)
         if fault is None:

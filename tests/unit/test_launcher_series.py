@@ -127,3 +127,16 @@ def test_of_two_that_differ_neither_is_blamed():
     with pytest.raises(HostError) as fault:
         judge(["a", "b"], [facts("1"), facts("2")], [SURVEY, SURVEY | {"code": "d"}], "/w", None)
     assert fault.value.hosts == ()
+
+
+def test_what_is_known_of_a_resumed_run_is_not_forgotten_by_an_attempt_that_saved_nothing(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    ends, known = [report("lost", 1), report()], []
+
+    def attempt(told, _):
+        known.append(told.resume_step)
+        return ends.pop(0)
+
+    asked = LaunchConfig(launch=LaunchSettings(max_restarts=1), resume_from="/r", resume_step=8)
+    assert series.Series(asked, parse_list("a,b"), attempt, SILENT).run().exit_code == 0
+    assert known == [8, 8]
