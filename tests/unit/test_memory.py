@@ -156,6 +156,12 @@ def test_weights_of_their_files_dtype_are_mapped_and_not_read(
     assert all(inside) if mapped else not any(inside)
 
 
+@pytest.mark.parametrize("memory", ["0", "-1", "nan", "inf"])
+def test_no_host_has_so_much_memory(memory: str) -> None:
+    with pytest.raises(UserError, match=f'^falcon estimate: --memory must be above 0 GiB: "{memory}"$'):
+        estimate(["demo", "--memory", memory])
+
+
 def test_estimate_tells_every_strategy_and_whether_the_one_asked_for_fits(tmp_path: Path, capsys) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text(f'strategy = "lora"\n[model]\nname = "{write_model(tmp_path / "model")}"\n')
