@@ -82,6 +82,8 @@ def partial_of(final: Path, kind: str = "") -> Path:
 def commit(partial: Path, final: Path, facts: Mapping[str, Any], told: Mapping[str, Told] | None = None) -> None:
     """Gives a filled folder its manifest and its name; what stands there already is kept if it is whole.
 
+    Not if the run can be gone on with from the new one only.
+
     Args:
         partial: the folder, its files synchronised or to be.
         final: its name.
@@ -89,10 +91,10 @@ def commit(partial: Path, final: Path, facts: Mapping[str, Any], told: Mapping[s
         told: files that were hashed and synchronised while they were written, by name in the folder.
     """
     _write_manifest(partial, facts, told or {})
-    if fault_of(final) is None:
+    if fault_of(final) is None and holds_state(final) >= holds_state(partial):
         return  # a rank that was asked for this step in an emergency came first
     if final.exists():
-        # Only a resume that refused this very checkpoint writes it again.
+        # Else only a resume that refused this very checkpoint writes it again.
         final.rename(final.with_name(f"{final.name}.refused-{os.getpid()}"))
     partial.rename(final)
     _sync(final.parent)
@@ -161,6 +163,11 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, Told]]:
         raise DamagedError(f"{MANIFEST} is damaged") from error
 
 
+def holds_state(path: Path) -> bool:
+    """Whether a whole checkpoint has the optimizer's state, without which no run goes on."""
+    return any(name.startswith(f"{TRAIN_STATE}/") for name in read_manifest(path)[1])
+
+
 def fault_of(path: Path, *, tensors: bool = True) -> str | None:
     """Why this checkpoint cannot be trusted, in a few words, or None where every byte is as it was written.
 
@@ -210,9 +217,10 @@ def newest_verified(root: Path, *, below: int | None = None, tensors: bool = Tru
         tensors: as in ``fault_of``.
     """
     refused: list[tuple[Path, str]] = []
-    for path in sorted(root.glob("step-*"), reverse=True):
-        step = path.name.removeprefix("step-")
-        if not step.isdecimal() or (below is not None and int(step) >= below):
+    names = {path: path.name.removeprefix("step-") for path in root.glob("step-*")}
+    steps = {int(name): path for path, name in names.items() if name.isdecimal()}
+    for step, path in sorted(steps.items(), reverse=True):
+        if below is not None and step >= below:
             continue
         fault = fault_of(path, tensors=tensors)
         if fault is None:

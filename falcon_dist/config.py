@@ -193,7 +193,7 @@ class CheckpointConfig:
     """Write while training goes on, from a copy in memory that the ranks share out; off: all wait for the disk;
     auto: on where the copy takes no more than half of the memory that is left, with strategies ddp and lora."""
     optimizer: bool = True
-    """Keep the optimizer's state, so that the run can be resumed."""
+    """Keep the optimizer's state, so that the run can be resumed; false: only where it makes way or a rank dies."""
     keep_last: int | None = None
     """Keep only so many of the newest checkpoints; None: all."""
     keep_every: int = 0

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,10 +46,12 @@ def estimate(argv: Sequence[str]) -> int:
     for name in ("nproc_per_node", "nnodes"):
         if getattr(args, name) < 1:
             raise UserError(f'falcon estimate: --{name.replace("_", "-")} must be at least 1: "{getattr(args, name)}"')
+    if args.memory is not None and not 0 < args.memory < math.inf:
+        raise UserError(f'falcon estimate: --memory must be above 0 GiB: "{args.memory:g}"')
     config = load(args.run or default_source(args.sets), args.sets)
     plan = load_config(find_model(config.model), config.model)
     check_model(config, plan)
-    host = int(args.memory * GIB) if args.memory else total_bytes()
+    host = int(args.memory * GIB) if args.memory is not None else total_bytes()
     world_size = args.nproc_per_node * args.nnodes
     found = _predictions(config, plan, world_size)
     told = [_row(name, memory, args.nproc_per_node, host) for name, memory in found.items()]

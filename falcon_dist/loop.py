@@ -197,7 +197,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         pace: Pace,
         begin: Callable[[], None],
         finished: Callable[[int], None],
-        save: Callable[[int], None],
+        save: Callable[[int, bool], None],
         evaluate: Callable[[int], Verdict],
         asked_to_stop: Callable[[], bool],
     ) -> None:
@@ -265,7 +265,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         leave = self._asked_to_stop()
         keep = verdict.stop or leave or (verdict.save and self._config.checkpoint.keep_best)
         if keep or step == self._schedule.total_steps or (every and step % every == 0):
-            self._save(step)
+            self._save(step, leave and step < self._schedule.total_steps)
         control.should_training_stop |= verdict.stop or leave
         self._step_began = time.perf_counter()
 

@@ -10,9 +10,18 @@ from typing import Any, Final
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from falcon_dist import checkpoint
+from falcon_dist.contract import UserError
 from falcon_dist.evaluate import held_out
 from falcon_dist.generate import Sampling, answer
-from falcon_dist.monitor import Monitor, Point, Verdict, evaluation_lines, prompts_of, write_evaluation
+from falcon_dist.monitor import (
+    EVALUATIONS_FILE,
+    Monitor,
+    Point,
+    Verdict,
+    evaluation_lines,
+    prompts_of,
+    write_evaluation,
+)
 from falcon_dist.process_group import agree_on
 from falcon_dist.run import Run
 from falcon_dist.team import Team
@@ -32,7 +41,8 @@ def make_monitor(
 
     def tell(step: int, figures: Mapping[str, Any]) -> None:
         if run.world.is_main:
-            write_evaluation(run.folder, step, figures)
+            if reason := write_evaluation(run.folder, step, figures):
+                run.reporter.line(f"{EVALUATIONS_FILE} cannot be written: {reason}; training goes on")
             for line in evaluation_lines(step, figures):
                 run.reporter.line(line)
 
@@ -73,10 +83,22 @@ def measure_base(run: Run, team: Team, model: PreTrainedModel, tokenizer: PreTra
         return {}
     measured = measure(run, team, model, tokenizer, "evaluate base")
     if run.world.is_main:
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text(json.dumps(measured, indent=1) + "\n")
-        partial.rename(file)
+        _keep(file, json.dumps(measured, indent=1) + "\n")
     return measured
+
+
+def _keep(path: Path, text: str) -> None:
+    """Whole or not at all.
+
+    Raises:
+        UserError: there is no room for it; nothing was trained.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text)
+        partial.rename(path)
+    except OSError as error:
+        raise UserError(f'evaluate.base: cannot write "{path}": {error.strerror}; make room') from error
 
 
 def _kept(file: Path) -> dict[str, Any] | None:

@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from falcon_dist import contract
+from falcon_dist import contract, lines
 from falcon_dist.world import World
 
 
@@ -49,7 +50,8 @@ class Reporter:
         self._world = world
         self._events: TextIO | None = None
         self._sending = threading.Lock()
-        self._steps: TextIO | None = None
+        self._steps: FileIO | None = None
+        self._no_room = False
         self.rank_dir = rank_dir
         self.phases: dict[str, float] = {}
         """Seconds spent in each phase."""
@@ -61,7 +63,7 @@ class Reporter:
             self._events = os.fdopen(descriptor, "w", buffering=1)
         if rank_dir is not None:
             rank_dir.mkdir(parents=True, exist_ok=True)
-            self._steps = (rank_dir / contract.STEPS_FILE).open("a", buffering=1)
+            self._steps = (rank_dir / contract.STEPS_FILE).open("ab", buffering=0)
 
     def bound(self, cpus: str, threads: int) -> None:
         """Tells the binding that torch sees."""
@@ -92,8 +94,7 @@ class Reporter:
 
     def step(self, record: StepRecord, *, total: int, eta_s: float, log: bool) -> None:
         """A finished step: kept on disk by every rank, shown from rank 0."""
-        if self._steps is not None:
-            self._steps.write(json.dumps(asdict(record)) + "\n")
+        self._keep(json.dumps(asdict(record)) + "\n")
         event = {
             "event": "step",
             "step": record.step,
@@ -115,15 +116,22 @@ class Reporter:
         )
         self._send(event, shown=shown if log and self._world.is_main else None)
 
+    def _keep(self, record: str) -> None:
+        """A disk that is full for a while costs records, which is said, and no step."""
+        reason = lines.append(self._steps, record) if self._steps is not None else None
+        if reason and not self._no_room:
+            self.line(f"{contract.STEPS_FILE} cannot be written: {reason}; training goes on unrecorded")
+        self._no_room = bool(reason)
+
     def checkpoint(self, path: Path, step: int, *, emergency: bool = False) -> None:
         """A checkpoint was committed; ``emergency``: because the launcher asked for it."""
         event = {"event": "checkpoint", "path": str(path), "step": step}
         self._send({**event, "emergency": True} if emergency else event, shown=f"checkpoint {path}")
 
-    def summary(self, lines: list[str]) -> None:
+    def summary(self, told: list[str]) -> None:
         """The closing text."""
         if self._world.is_main:
-            self._send({"event": "summary", "lines": lines}, shown="\n".join(lines))
+            self._send({"event": "summary", "lines": told}, shown="\n".join(told))
 
     def _send(self, event: dict[str, Any], shown: str | None = None) -> None:
         if self._events is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from falcon_dist import lines
 from falcon_dist.config import EvaluateConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.evaluate import HeldOut
@@ -145,13 +146,16 @@ class Monitor:
 
 def evaluation_lines(step: int, figures: Mapping[str, Any]) -> list[str]:
     """An evaluation for a person."""
-    lines = [f"step {step}: held-out {HeldOut.from_dict(figures['held_out'])}"] if "held_out" in figures else []
+    told = [f"step {step}: held-out {HeldOut.from_dict(figures['held_out'])}"] if "held_out" in figures else []
     for prompt, text in figures.get("answers", {}).items():
-        lines += [f"step {step}: prompt: {prompt}", f"  {text}"]
-    return lines
+        told += [f"step {step}: prompt: {prompt}", f"  {text}"]
+    return told
 
 
-def write_evaluation(folder: Path, step: int, figures: Mapping[str, Any]) -> None:
-    """Appends to evaluations.jsonl of a run folder; a step that is done again after a resume stands there twice."""
-    with (folder / EVALUATIONS_FILE).open("a") as file:
-        file.write(json.dumps({"step": step, **figures}, ensure_ascii=False) + "\n")
+def write_evaluation(folder: Path, step: int, figures: Mapping[str, Any]) -> str | None:
+    """Appends to evaluations.jsonl of a run folder; why there is no room, or None.
+
+    A step that is done again after a resume stands there twice.
+    """
+    with (folder / EVALUATIONS_FILE).open("ab", buffering=0) as file:
+        return lines.append(file, json.dumps({"step": step, **figures}, ensure_ascii=False) + "\n")

@@ -49,9 +49,9 @@ class Old:
     """Words that may follow the value."""
 
 
-def _to(key: str, why: str = "", values: Mapping[str, str] | None = None) -> Old:
-    """A setting of another name; ``values`` are renamed too."""
-    return Old(now=lambda value: Now(("--set", f"{key}={(values or {}).get(value, value)}"), why))
+def _to(key: str, why: str = "") -> Old:
+    """A setting of another name."""
+    return Old(now=lambda value: Now(("--set", f"{key}={value}"), why))
 
 
 def _switch(key: str, why: str = "", yes: str = "true", no: str = "false") -> Old:
@@ -127,6 +127,13 @@ def _max_steps(value: str) -> Now:
     return Now(("--set", f"loop.max_steps={'none' if value == '-1' else value}"))
 
 
+def _schedule(value: str) -> Now:
+    if value != "constant":
+        return Now(("--set", f"optim.schedule={'constant' if value == 'constant_with_warmup' else value}"))
+    words = ("--set", "optim.schedule=constant", "--set", "optim.warmup_steps=0", "--set", "optim.warmup_share=0")
+    return Now(words, "it never warmed up, constant_with_warmup does", place=1)
+
+
 def _output_dir(value: str) -> Now:
     return Now(("--set", f"{LINKS}={value}"), "checkpoints are in the run's folder, checkpoint-N links here")
 
@@ -142,11 +149,8 @@ _TRACKERS: Final = (
 _PUSH: Final = "falcon push does that when the run is done"
 OLD: Final[Mapping[str, Old]] = {
     # model and data
-    "model_name": _to("model.name"),
-    "model_name_or_path": _to("model.name"),
-    "model_id": _to("model.name"),
-    "tokenizer": _gone("the model's own tokenizer is used"),
-    "tokenizer_name": _gone("the model's own tokenizer is used"),
+    **dict.fromkeys(("model_name", "model_name_or_path", "model_id"), _to("model.name")),
+    **dict.fromkeys(("tokenizer", "tokenizer_name"), _gone("the model's own tokenizer is used")),
     "dataset_name": _to("data.name"),
     "dataset_text_field": _to("data.text_field"),
     "max_seq_length": _to("data.max_length"),
@@ -178,7 +182,7 @@ OLD: Final[Mapping[str, Old]] = {
     "num_train_epochs": _to("loop.epochs"),
     "max_steps": Old(now=_max_steps),
     "learning_rate": _to("optim.lr"),
-    "lr_scheduler_type": _to("optim.schedule", values={"constant_with_warmup": "constant"}),
+    "lr_scheduler_type": Old(now=_schedule),
     "warmup_steps": _to("optim.warmup_steps"),
     "warmup_ratio": _to("optim.warmup_share"),
     "weight_decay": _to("optim.weight_decay"),

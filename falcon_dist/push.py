@@ -80,6 +80,8 @@ def find_origin(path: Path) -> Origin:
     newest = max((int(number) for number in numbers if number.isdecimal()), default=None)  # not a copy of one
     last = RankResult.read(run / f"attempt_{newest}" / "rank_0000") if newest is not None else None
     found = checkpoint.read(path)
+    if "total_steps" not in found.facts:
+        raise UserError(f'falcon push: "{path}" was not trained by a run: its manifest tells of none')
     summary = dict(last.summary) if last else {}
     if last is None or last.last_step != found.step or "quantized" in found.facts:
         summary.pop("tuned", None)

@@ -137,6 +137,8 @@ def _handed_out(
 def _check_same_run(run: Run, chosen: checkpoint.Checkpoint) -> None:
     """Raises UserError where going on would train something else than the run began with."""
     now = run_facts(run)
+    if chosen.facts.get("rows") == run.store.of_manifest.hex():
+        now["rows"] = chosen.facts["rows"]
     if odd := identity.differences(chosen.facts, now, (*identity.MADE_OF, *identity.ADAPTERS, *identity.SETTINGS)):
         for line in identity.table(odd):
             run.reporter.line(line)

@@ -74,7 +74,9 @@ class PackedStore:
     facts: Mapping[str, Any]
     """Counts and settings, as written by ``write_store``."""
     digest: bytes
-    """sha256 of the manifest; stands for every byte of the store."""
+    """sha256 over those of the rows' files; the same however the data was named when they were packed."""
+    of_manifest: bytes
+    """sha256 of the manifest, by which older checkpoints know the rows."""
 
     @classmethod
     def open(cls, path: Path) -> PackedStore:
@@ -89,7 +91,9 @@ class PackedStore:
             raise UserError(f'packed rows: no manifest in "{path}"; run falcon-launch again to prepare them') from error
         manifest = json.loads(text)
         parts = [_map_part(path / name, manifest) for name in ("train", "eval")]
-        return cls(path, parts[0], parts[1], manifest["facts"], hashlib.sha256(text).digest())
+        rows = json.dumps([manifest["facts"]["max_length"], manifest["files"]], sort_keys=True).encode()
+        digests = (hashlib.sha256(told).digest() for told in (rows, text))
+        return cls(path, parts[0], parts[1], manifest["facts"], *digests)
 
 
 def damaged_file(path: Path) -> str | None:

@@ -60,8 +60,13 @@ class Saver:
         """This rank has the whole state, and it changes only where ``updates`` sees it."""
         return self.run.strategy.steady and self._kept() is not None
 
-    def save(self, step: int) -> None:
-        """A checkpoint that is due; unless all must wait for it, it is written while training goes on."""
+    def save(self, step: int, makes_way: bool = False) -> None:
+        """A checkpoint that is due; unless all must wait for it, it is written while training goes on.
+
+        Where the run ``makes_way`` it is to be gone on with, which takes the optimizer's state too.
+        """
+        if makes_way:
+            self._keep_state()
         with self.run.reporter.phase("save"):
             began = time.monotonic()
             self._writer.finish()
@@ -122,13 +127,20 @@ class Saver:
         Raises:
             UserError: it cannot be written, or its numbers are not finite.
         """
+        self._keep_state()
         with self.updates.held() as step:
             path = self.run.checkpoints / checkpoint.folder_name(step)
-            if checkpoint.fault_of(path) is not None:
+            if checkpoint.fault_of(path) is not None or not checkpoint.holds_state(path):
                 self._check_finite(step)
                 with checkpoint.committed(self.run.checkpoints, step, self._facts()) as folder:
                     self.run.strategy.save(folder, self.model, self.tokenizer, self.optimizer)
         return path, step
+
+    def _keep_state(self) -> None:
+        """What comes now is the last checkpoint of this attempt, which the next one goes on from."""
+        if not self.run.strategy.keeps_state:
+            self.run.strategy.keeps_state = True
+            self._in_background = False  # no copy of so much was reckoned with
 
     def _kept(self) -> Kept | None:
         return self.run.strategy.kept(self.model, self.tokenizer, self.optimizer)

@@ -174,6 +174,7 @@ def load(flags: Flags) -> LaunchConfig:
         slurm=jobsettings.of(values),
         program=program,
         resume_from=str(folder) if folder else None,
+        resume_step=earlier.newest_step(folder) if folder else 0,
         left_out=left_out,
         notes=(*flags.notes, *(told for told in (note, "" if folder else origin) if told)),
     )

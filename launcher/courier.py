@@ -175,8 +175,9 @@ def _place(stream: Stream, told: Mapping[str, Any]) -> None:
 
 def _newest(checkpoints: Path) -> Path | None:
     """The newest committed checkpoint; which of them can be trusted is rank 0's to say."""
-    whole = [p for p in checkpoints.glob("step-*") if p.suffix == "" and (p / "manifest.json").is_file()]
-    return max(whole, default=None)
+    names = {path: path.name.removeprefix("step-") for path in checkpoints.glob("step-*")}
+    whole = {int(step): p for p, step in names.items() if step.isdecimal() and (p / "manifest.json").is_file()}
+    return whole[max(whole)] if whole else None
 
 
 def _files(told: Mapping[str, Any]) -> Files:

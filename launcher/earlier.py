@@ -11,6 +11,7 @@ from falcon_dist.config import Value, flatten
 from launcher.errors import UserError
 
 NAMED: Final = ("launch.hostfile", "launch.hosts")
+REPORT: Final = "report.json"
 HOSTS: Final = (*NAMED, "launch.include", "launch.exclude")
 
 
@@ -35,6 +36,23 @@ def find(resume: str, runs: Path, run_id: str | None) -> tuple[Path | None, str 
         found = runs / run_id if (runs / run_id / "config.json").is_file() else None
         return _auto(found, f"no run {run_id} in {runs} yet; it starts")
     return _auto(_newest_with_checkpoints(runs), f"no run with a checkpoint in {runs}; a new run starts")
+
+
+def committed(run: Path) -> list[Path]:
+    """The checkpoints of a run; not what a save that was cut off or a resume that refused one has left."""
+    return [path for path in run.glob("checkpoints/step-*") if path.name.removeprefix("step-").isdecimal()]
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint that the run's own reports tell of; 0: none does."""
+    return max((_told_step(path) for path in (folder / REPORT, *folder.glob(f"attempt_*/{REPORT}"))), default=0)
+
+
+def _told_step(report: Path) -> int:
+    try:
+        return int(json.loads(report.read_text())["checkpoint_step"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
 
 
 def settings(folder: Path) -> dict[str, Value]:
@@ -69,9 +87,8 @@ def _auto(found: Path | None, else_: str) -> tuple[Path | None, str]:
 
 
 def _newest_with_checkpoints(runs: Path) -> Path | None:
-    stores = [p for p in runs.glob("*/checkpoints") if any(p.glob("step-*")) and (p.parent / "config.json").is_file()]
-    newest = max(stores, key=lambda p: p.stat().st_mtime_ns, default=None)
-    return newest.parent if newest else None
+    found = [path.parent for path in runs.glob("*/config.json") if committed(path.parent)]
+    return max(found, key=lambda run: (run / "checkpoints").stat().st_mtime_ns, default=None)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Series:
         self._config = dataclasses.replace(
             self._config,
             resume_from=report.run_dir,
-            resume_step=self._best_step(),
+            resume_step=max(self._config.resume_step, self._best_step()),
             train=_pinned(self._config, len(report.ranks)),
             launch=dataclasses.replace(self._config.launch, run_id=report.run_id),
         )

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import falcon_dist
 import launcher
-from launcher import memory
+from launcher import earlier, memory
 
 ISA: Final = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """What oneDNN's kernels differ by, lowest first."""
@@ -29,7 +29,7 @@ def take(cwd: str, script: str | None, run_dir: str) -> dict[str, Any]:
         "disk_bytes": _free_bytes(place),
         "writable": os.access(place, os.W_OK | os.X_OK),
         "place": str(place),
-        "checkpoints": sum(path.is_dir() for path in folder.glob("checkpoints/step-*")) if exists else 0,
+        "checkpoints": len(earlier.committed(folder)) if exists else 0,
     }
 
 

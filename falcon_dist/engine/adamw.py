@@ -95,7 +95,9 @@ class MasterAdamW(NamedOptimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 kinds = STATE_NAMES if param.dtype != torch.float32 else STATE_NAMES[1:]
-                self.state[param] = {kind: state[f"{kind}/{names[param]}"] for kind in kinds}
+                keys = {kind: f"{kind}/{names[param]}" for kind in kinds}
+                if not state.keys().isdisjoint(keys.values()):  # else it has never had a gradient
+                    self.state[param] = {kind: state[key] for kind, key in keys.items()}
         self.steps = steps
 
 

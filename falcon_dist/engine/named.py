@@ -43,7 +43,7 @@ class NamedOptimizer(Optimizer):
         """Takes what ``named_state`` gave, bit for bit.
 
         Raises:
-            KeyError: a parameter's state is missing.
+            KeyError: of a parameter's state a part is missing.
         """
 
 

@@ -35,6 +35,7 @@ class Lora(Replicated):
 
     def ready(self, model: PreTrainedModel) -> None:
         """Adds adapters, B = 0, in the dtype of the weights; everything else is frozen."""
+        super().ready(model)
         targets = targets_of(model, self.config.lora)
         torch.manual_seed(self.config.seed)
         model.add_adapter(_peft_config(self.config.lora, targets, self.config.model.revision))

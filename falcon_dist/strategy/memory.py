@@ -26,6 +26,7 @@ from falcon_dist.engine.form import Choice, choose
 from falcon_dist.engine.fused import FusedParts
 from falcon_dist.engine.head import CHUNK_BYTES
 from falcon_dist.engine.native import WEIGHT_DTYPES
+from falcon_dist.loss import PIECE_BYTES
 from falcon_dist.masking import Masking
 from falcon_dist.monitor import evaluates
 from falcon_dist.strategy.lora import trained_parameters
@@ -98,7 +99,10 @@ def predict(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> Ran
     weights = sum(param.numel() for param in params) * each
     working = _head_bytes(config, model, choice) + _widest_bytes(config, model, choice)
     adapters = trained_parameters(model, config.lora) if config.strategy == "lora" else 0
-    common = {"activations": _kept_bytes(config, model, choice), "working": working}
+    kept = _kept_bytes(config, model, choice)
+    # What forward keeps is gone when held-out rows are measured, whose logits are never in chunks.
+    aside = _held_out_bytes(config, model) - kept
+    common = {"activations": kept, "working": max(working, aside)}
     if config.strategy == "lora":
         state = adapters * (12 if each == 2 else 8)
         grads = adapters * each * (2 if world_size > 1 else 1)
@@ -111,9 +115,9 @@ def predict(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> Ran
         gradients = _at_once(params, tied=plan.tie_word_embeddings)
         return RankMemory(weights=weights, gradients=gradients, optimizer=state, snapshot=copied, **common)
     if config.strategy in STAGES:
-        return _divided(config, params, world_size, common["activations"], working)
+        return _divided(config, params, world_size, kept, common["working"])
     optimizer = sum(param.numel() for param in params) * (12 if each == 2 else 8)
-    common["working"] = max(working, 4 * max(param.numel() for param in params))
+    common["working"] = max(working, 4 * max(param.numel() for param in params), aside - weights)  # nor gradients then
     gradients = weights * (2 if world_size > 1 else 1)
     copied = _copied(config, weights, optimizer, world_size)
     return RankMemory(weights=weights, gradients=gradients, optimizer=optimizer, snapshot=copied, **common)
@@ -173,6 +177,15 @@ def _head_bytes(config: TrainConfig, model: PreTrainedModel, choice: Choice) -> 
     chunk = min(logits, CHUNK_BYTES)
     summed = 0 if config.strategy == "lora" or logits <= CHUNK_BYTES else 8 * int(vocabulary) * int(width)
     return int(chunk + summed + copied)
+
+
+def _held_out_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
+    """Logits of a held-out row by the plain head, its mask as it is and as attention takes it, a piece of the loss."""
+    if not (config.data.eval_share or config.data.eval_name):
+        return 0
+    each, length = 4 if config.precision == "fp32" else 2, config.data.max_length
+    numbers = length * int(model.get_output_embeddings().weight.shape[0])
+    return each * numbers + (1 + each) * length**2 + 2 * min(PIECE_BYTES, 4 * numbers)
 
 
 def _widest_bytes(config: TrainConfig, model: PreTrainedModel, choice: Choice) -> int:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from falcon_dist import train_state
 from falcon_dist.config import StrategyName, TrainConfig
 from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
+from falcon_dist.engine.form import FAMILIES
 from falcon_dist.engine.named import NamedOptimizer
 from falcon_dist.layout import parse_size
 from falcon_dist.order import Schedule
@@ -36,6 +37,9 @@ class Replicated:
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config = config
         self.world = world
+        self.keeps_state = config.checkpoint.optimizer
+        """The next checkpoint holds the optimizer's state."""
+        self._all_used = True
 
     def check(self, schedule: Schedule) -> None:
         """Raises UserError for settings that this strategy cannot follow."""
@@ -46,6 +50,7 @@ class Replicated:
         Raises:
             UserError: the model does not have what the settings name.
         """
+        self._all_used = model.config.model_type in FAMILIES
 
     def make_optimizer(self, model: PreTrainedModel) -> NamedOptimizer:
         """The optimizer of what is trained."""
@@ -56,8 +61,12 @@ class Replicated:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Fields of SFTConfig that are not as plain data parallelism has them."""
-        return {}
+        """Fields of SFTConfig that are not as plain data parallelism has them.
+
+        A model of another family may have what text alone never uses, as the eyes of one that also sees: DDP would wait
+        for its gradients, and average none of the others.
+        """
+        return {} if self._all_used else {"ddp_find_unused_parameters": True}
 
     def begin(self, wrapped: torch.nn.Module) -> None:
         """The trainer has wrapped the model and is about to take the first step.
@@ -87,7 +96,7 @@ class Replicated:
 
     def kept_state(self, model: PreTrainedModel, optimizer: NamedOptimizer) -> dict[str, torch.Tensor]:
         """The optimizer's state, where it is kept, in an order that no run depends on."""
-        if not self.config.checkpoint.optimizer:
+        if not self.keeps_state:
             return {}
         return dict(sorted(optimizer.named_state(train_state.parameter_names(model)).items()))
 

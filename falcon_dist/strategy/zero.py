@@ -144,7 +144,7 @@ class Zero1(Replicated):
         self._resumed = folder
 
     def _state_shapes(self) -> Mapping[str, Tensor]:
-        if not self.config.checkpoint.optimizer:
+        if not self.keeps_state:
             return {}
         kinds = (MASTER, *MOMENTS) if self.config.precision == "bf16" else MOMENTS
         shapes = {name: self._weights[name].shape for name in self._trained.values()}

@@ -118,7 +118,7 @@ def bare_run(world: World, env: Mapping[str, str], root: Path) -> Run:
         folder=root,
         world=world,
         prepared=Prepared(model="", rows="", parameters=0),
-        store=SimpleNamespace(digest=b"rows"),
+        store=SimpleNamespace(digest=b"rows", of_manifest=b"manifest"),
         schedule=plan_schedule(LoopConfig(max_steps=10**6), num_rows=9, world_size=1, seed=0),
         reporter=Reporter(world, env, None),
         strategy=make_strategy(config, world),

@@ -10,6 +10,7 @@ import pytest
 
 from falcon_dist import checkpoint
 from falcon_dist.contract import UserError
+from launcher.courier import _newest
 
 
 def commit(root: Path, step: int, text: str = "weights") -> Path:
@@ -125,3 +126,14 @@ def test_partial_folders_are_never_chosen_and_are_cleared(tmp_path: Path) -> Non
     assert checkpoint.newest_verified(tmp_path) == checkpoint.Choice(None, ())
     checkpoint.clear_partial(tmp_path)
     assert not names(tmp_path)
+
+
+def test_the_newest_is_that_of_the_highest_step_of_however_many_digits(tmp_path: Path) -> None:
+    for step in (999_500, 1_000_000):
+        with checkpoint.committed(tmp_path, step, {}) as folder:
+            (folder / "file").write_text("")
+    newest = checkpoint.newest_verified(tmp_path).newest
+    assert newest is not None
+    assert newest.step == 1_000_000
+    assert checkpoint.newest_verified(tmp_path, below=1_000_000).newest == checkpoint.read(tmp_path / "step-999500")
+    assert _newest(tmp_path) == tmp_path / "step-1000000"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -103,6 +104,22 @@ def test_second_start_reuses_the_store_and_other_settings_do_not(tmp_path: Path,
     other = prepare_rows(DataConfig(name=str(file), max_length=17), make_tokenizer())
     assert other.path != first.path
     assert not list(cache.rglob("*.partial*"))
+
+
+def test_rows_are_told_by_their_bytes_not_by_what_the_data_was_called_when_they_were_packed(
+    tmp_path: Path, cache: Path
+) -> None:
+    """Between a checkpoint and its resume the cache may be emptied and the data moved; every host has its own."""
+    texts = [{"text": t} for t in TEXT]
+    first = prepare_rows(DataConfig(name=str(write(tmp_path / "a.jsonl", texts)), max_length=16), make_tokenizer())
+    shutil.rmtree(first.path)
+    moved = prepare_rows(DataConfig(name=str(write(tmp_path / "b.jsonl", texts)), max_length=16), make_tokenizer())
+    assert moved.path == first.path
+    assert moved.of_manifest != first.of_manifest
+    assert moved.digest == first.digest
+    texts[0]["text"] += "!"
+    other = prepare_rows(DataConfig(name=str(write(tmp_path / "a.jsonl", texts)), max_length=16), make_tokenizer())
+    assert other.digest != first.digest
 
 
 def test_damaged_store_is_refused(tmp_path: Path) -> None:

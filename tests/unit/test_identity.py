@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import constants
+from saves.ranks import bare_run
 from tiny_models import falcon_7b, make_model, make_tokenizer, write_adapters, write_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from falcon_dist import checkpoint, identity
+from falcon_dist import checkpoint, identity, resume
 from falcon_dist.config import LoraConfig, ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.native import load_config, load_model
 from falcon_dist.merge import merge
+from falcon_dist.run import run_facts
+from falcon_dist.world import World
 
 
 def known(folder: Path) -> dict[str, str]:
@@ -208,3 +213,16 @@ def test_adapters_find_their_model_at_the_commit_they_were_trained_on(tmp_path: 
     unpinned = trained(tmp_path / "unpinned", base, base_model_name_or_path="me/base")
     with pytest.raises(UserError, match='trained on other weights than those of "me/base"'):
         loaded(unpinned)
+
+
+def test_a_checkpoint_may_know_its_rows_by_their_bytes_or_as_older_ones_did(tmp_path: Path) -> None:
+    made = bare_run(World(), {}, tmp_path)
+    for digest, of_manifest, same in ((b"new", b"old", True), (b"old", b"any", True), (b"other", b"another", False)):
+        saved = dataclasses.replace(made, store=SimpleNamespace(digest=digest, of_manifest=of_manifest))
+        chosen = checkpoint.Checkpoint(tmp_path, 1, run_facts(saved))
+        now = dataclasses.replace(made, store=SimpleNamespace(digest=b"new", of_manifest=b"old"))
+        if same:
+            resume._check_same_run(now, chosen)
+        else:
+            with pytest.raises(UserError, match="data \\(packed rows\\) was"):
+                resume._check_same_run(now, chosen)

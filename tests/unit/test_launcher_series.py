@@ -143,3 +143,16 @@ def test_attempts_that_came_to_nothing_take_no_kept_step_away(after):
 def test_without_a_step_there_is_no_goodput():
     entry = Entry(report=dataclasses.replace(worked(None, 0, 0), step_s=1.0), cause="x", began_s=0.0, ended_s=9.0)
     assert ledger.goodput([entry]) is None
+
+
+def test_what_is_known_of_a_resumed_run_is_not_forgotten_by_an_attempt_that_saved_nothing(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    ends, known = [report("lost", 1), report()], []
+
+    def attempt(told, _):
+        known.append(told.resume_step)
+        return ends.pop(0)
+
+    asked = LaunchConfig(launch=LaunchSettings(max_restarts=1), resume_from="/r", resume_step=8)
+    assert series.Series(asked, parse_list("a,b"), attempt, SILENT).run().exit_code == 0
+    assert known == [8, 8]

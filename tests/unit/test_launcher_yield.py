@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from launcher import batch, cli, config, flags, retry, series
+from launcher import batch, cli, config, flags, retry, series, survey
 from launcher.errors import Interruption
 from launcher.events import (
     AskStop,
@@ -203,3 +204,31 @@ def test_a_run_is_found_wherever_its_folder_was_named(tmp_path, where):
     sets = ("--set", f"launch.runs_dir={tmp_path}/elsewhere", "--set", "launch.run_id=mine")
     again = load(*(("--recipe", str(recipe)) if where == "recipe" else sets), "--resume", "auto")
     assert (again.resume_from, again.launch.runs_dir, again.launch.run_id) == (str(mine), str(mine.parent), "mine")
+
+
+def test_auto_takes_no_run_that_was_ended_in_its_first_save(tmp_path):
+    older = make_run(tmp_path, "older", checkpoint=True)
+    newer = make_run(tmp_path, "newer", checkpoint=False)
+    (newer / "checkpoints" / "step-000004.partial-shared12").mkdir(parents=True)
+    os.utime(older / "checkpoints", (1, 1))
+    assert load("--runs-dir", str(tmp_path), "--resume", "auto").resume_from == str(older)
+
+
+def test_a_run_goes_on_only_where_its_newest_known_checkpoint_may_be(tmp_path):
+    """On hosts in another order the first one may have none, and would begin anew."""
+    mine = make_run(tmp_path, "mine", checkpoint=True)
+    assert load("--runs-dir", str(tmp_path), "--resume", "mine").resume_step == 0
+    for attempt, step in ((1, 4), (2, 0)):
+        (mine / f"attempt_{attempt}").mkdir(exist_ok=True)
+        (mine / f"attempt_{attempt}" / "report.json").write_text(json.dumps({"checkpoint_step": step}))
+    (mine / "report.json").write_text('{"checkpoint_step": 0}')
+    assert load("--runs-dir", str(tmp_path), "--resume", "mine").resume_step == 4
+    for damaged in ("", "[]", "{}"):
+        (mine / "attempt_1" / "report.json").write_text(damaged)
+        assert load("--runs-dir", str(tmp_path), "--resume", "mine").resume_step == 0
+
+
+def test_the_survey_counts_whole_checkpoints(tmp_path):
+    for name in ("step-000004", "step-000008.partial-shared12", "step-000012.refused-7"):
+        (tmp_path / "r" / "checkpoints" / name).mkdir(parents=True)
+    assert survey.take("/", None, str(tmp_path / "r"))["checkpoints"] == 1

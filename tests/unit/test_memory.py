@@ -90,6 +90,22 @@ def test_a_head_in_chunks_is_no_wide_layer_and_a_plain_one_is() -> None:
     assert gained == 4 * rows * (4096 - 128) * 2
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "lora", "full-lowmem"])
+def test_logits_of_a_held_out_row_count_where_training_takes_less(strategy: StrategyName) -> None:
+    """Training has them in chunks and, where it computes layers again, keeps little; evaluation has them whole."""
+    plan, loop = llama(vocab_size=1 << 16), LoopConfig(grad_checkpointing=True)
+    rows = TrainConfig(strategy=strategy, loop=loop, data=DataConfig(max_length=4096))
+    held = dataclasses.replace(rows, data=dataclasses.replace(rows.data, eval_share=0.1))
+    without, found = predict(rows, plan, 1), predict(held, plan, 1)
+    logits = 2 * 4096 * (1 << 16)
+    assert without.activations + without.working < logits
+    freed = found.gradients if strategy == "ddp" else 0
+    assert logits < found.activations + found.working + freed < 1.5 * logits
+    small = dataclasses.replace(SMALL, strategy=strategy)
+    measured = dataclasses.replace(small, data=dataclasses.replace(small.data, eval_share=0.1))
+    assert predict(measured, llama(), 1) == predict(small, llama(), 1)
+
+
 def test_optimizer_bytes_are_those_that_it_holds() -> None:
     for strategy in ("ddp", "lora", "full-lowmem"):
         config = dataclasses.replace(SMALL, strategy=strategy)
@@ -138,6 +154,12 @@ def test_weights_of_their_files_dtype_are_mapped_and_not_read(
     spans = [[int(end, 16) for end in line[0].split("-")] for line in lines]
     inside = [any(a <= param.data_ptr() < b for a, b in spans) for param in loaded.parameters()]
     assert all(inside) if mapped else not any(inside)
+
+
+@pytest.mark.parametrize("memory", ["0", "-1", "nan", "inf"])
+def test_no_host_has_so_much_memory(memory: str) -> None:
+    with pytest.raises(UserError, match=f'^falcon estimate: --memory must be above 0 GiB: "{memory}"$'):
+        estimate(["demo", "--memory", memory])
 
 
 def test_estimate_tells_every_strategy_and_whether_the_one_asked_for_fits(tmp_path: Path, capsys) -> None:

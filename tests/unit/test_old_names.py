@@ -11,6 +11,8 @@ import pytest
 from falcon_dist.config import TrainConfig, keys_of
 from falcon_dist.contract import UserError
 from falcon_dist.old_names import CPU_ISA, OLD, translate
+from launcher import flags
+from launcher.config import load
 
 RECIPE = ["--set", "checkpoint.links=./results", "--env", CPU_ISA]
 SETS = {
@@ -103,6 +105,18 @@ def test_old_arguments_with_nothing_to_set_say_why(old: str) -> None:
 @pytest.mark.parametrize("old", FLAGS)
 def test_old_arguments_that_are_flags_now(old: str) -> None:
     assert translate(old.split()).argv == [*FLAGS[old], *RECIPE]
+
+
+@pytest.mark.parametrize("beside", ["--warmup_ratio 0.03", "--warmup_steps 100", "--recipe falcon-7b-lora"])
+def test_the_constant_schedule_of_old_does_not_warm_up(beside: str) -> None:
+    """transformers' own has none, whatever stands beside it; a setting of today does."""
+    for words in (f"--lr_scheduler_type constant {beside}", f"{beside} --lr_scheduler_type=constant"):
+        argv, lines = translate(words.split())
+        optim = load(flags.parse(argv).flags).train.optim
+        assert (optim.schedule, optim.warmup_steps, optim.warmup_share) == ("constant", 0, 0.0)
+        assert any("it never warmed up" in line for line in lines)
+    argv, _ = translate(["--lr_scheduler_type", "constant", "--set", "optim.warmup_steps=7"])
+    assert load(flags.parse(argv).flags).train.optim.warmup_steps == 7
 
 
 def test_output_dir_is_where_the_links_go() -> None:

@@ -174,3 +174,12 @@ def test_hub_that_refuses_is_one_line(saved: Path, monkeypatch, kind) -> None:
     assert str(error.value) == 'falcon push: the hub refuses "me/x": no route to host; see hf auth login'
     with pytest.raises(UserError, match="named NAME/MODEL"):
         push([str(saved), "x"])
+
+
+def test_a_model_that_no_run_trained_gets_no_card_of_one(saved: Path) -> None:
+    """A base model, quantised into the run's folder beside its own."""
+    out = saved.parent.parent / "quantized" / "base"
+    with checkpoint.written(out, {"step": 0, "quantized": "int8", "made_from": "tiiuae/falcon-7b"}) as folder:
+        (folder / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(UserError, match='^falcon push: ".*quantized/base" was not trained by a run'):
+        push([str(out), "me/mine", "--dry-run"])

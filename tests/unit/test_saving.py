@@ -15,13 +15,15 @@ from falcon_dist.config import CheckpointConfig, Switch
 from falcon_dist.contract import UserError
 from falcon_dist.monitor import Point
 from falcon_dist.saving import Saver
+from falcon_dist.strategy.choice import make_strategy
 from falcon_dist.team import Team
 from falcon_dist.world import World
 
 
 def saver_of(root: Path, rules: CheckpointConfig) -> Saver:
     run = bare_run(World(), {}, root)
-    run = dataclasses.replace(run, config=dataclasses.replace(run.config, checkpoint=rules))
+    config = dataclasses.replace(run.config, checkpoint=rules)
+    run = dataclasses.replace(run, config=config, strategy=make_strategy(config, World()))
     return bare_saver(run, Team(board=HashStore(), rank=0, writers=(0,)))
 
 
@@ -82,3 +84,33 @@ def test_the_last_save_that_fails_ends_the_run_and_one_before_it_does_not(
     with pytest.raises(UserError, match=r"cannot write in .*No space left on device; .* go on with --resume"):
         saver.finish()
     assert keeping.committed_steps(saver.run.checkpoints) == [2]
+
+
+@pytest.mark.parametrize("background", ["on", "off"])
+def test_a_run_that_makes_way_keeps_what_it_takes_to_go_on(tmp_path: Path, background: str) -> None:
+    """Also one that keeps no optimizer's state otherwise."""
+    saver = saver_of(tmp_path, CheckpointConfig(background=cast("Switch", background), optimizer=False))
+    for step, makes_way in ((2, False), (4, True)):
+        saver.save(step, makes_way)
+        saver.finish()
+        path = saver.run.checkpoints / checkpoint.folder_name(step)
+        assert checkpoint.fault_of(path) is None
+        assert checkpoint.holds_state(path) == makes_way
+    saver.run.strategy.load(path, saver.model, saver.tokenizer, saver.optimizer)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_so_does_a_survivor_also_where_the_step_was_saved_without(tmp_path: Path, saved: bool) -> None:
+    saver = saver_of(tmp_path, CheckpointConfig(optimizer=False))
+    if saved:
+        saver.save(1)
+        saver.finish()
+        assert not checkpoint.holds_state(saver.run.checkpoints / "step-000001")
+    path, step = saver.save_last_finished()
+    assert (path.name, step) == ("step-000001", 1)
+    assert checkpoint.fault_of(path) is None
+    assert checkpoint.holds_state(path)
+    saver.run.strategy.load(path, saver.model, saver.tokenizer, saver.optimizer)
+    kept = path.stat().st_ino
+    assert saver.save_last_finished() == (path, 1)
+    assert path.stat().st_ino == kept

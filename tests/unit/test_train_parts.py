@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import llama, make_model
+from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from falcon_dist.config import OptimConfig, ReportConfig, TrainConfig, build, check_known, flatten, keys_of
@@ -16,7 +17,7 @@ from falcon_dist.contract import UserError
 from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
 from falcon_dist.evaluate import ratio
 from falcon_dist.learning_rate import learning_rate_factor
-from falcon_dist.loss import count_labels, token_losses
+from falcon_dist.loss import PIECE_BYTES, count_labels, token_losses
 from falcon_dist.tracking import TENSORBOARD_FOLDER, evaluation_logs, trackers
 from falcon_dist.train_state import parameter_names
 from falcon_dist.world import World
@@ -31,6 +32,16 @@ def test_loss_is_cross_entropy_of_the_next_token() -> None:
     assert losses[1, 0] == 0.0
     assert count_labels(labels) == 5
     assert losses.count_nonzero() == 5
+
+
+def test_losses_without_a_gradient_are_the_same_and_take_a_piece_at_a_time() -> None:
+    logits, labels = torch.randn(1, 600, 30_001, dtype=torch.bfloat16), torch.randint(0, 30_001, (1, 600))
+    labels[0, 7:60] = -100
+    whole = token_losses(logits.clone().requires_grad_(), labels)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        losses = token_losses(logits, labels)
+    assert torch.equal(losses, whole)
+    assert 0 < max(event.self_cpu_memory_usage for event in profiled.events()) <= PIECE_BYTES < logits.nbytes
 
 
 def trained(dtype: torch.dtype, steps: int) -> tuple[torch.nn.Module, MasterAdamW]:
