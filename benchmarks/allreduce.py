@@ -204,7 +204,7 @@ def _sleep_until_told(key: str, *, tell: bool) -> None:
 
 def imb_allreduce(size: int, ranks: int) -> float:
     """Milliseconds of Intel MPI's all_reduce, as its benchmark averages them."""
-    from falcon_dist.ccl.oneccl import find_library
+    from falcon_dist.ccl_library import find_library
 
     root = find_library().folder.parent
     cpus = sorted(os.sched_getaffinity(os.getppid()))

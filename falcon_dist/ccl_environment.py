@@ -9,7 +9,7 @@ measured are in docs/oneccl.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
 from falcon_dist.contract import UserError
@@ -61,6 +61,13 @@ def environment(
     if library_folder is not None:
         env[LIBRARY_FOLDER] = library_folder
     return env | _workers(local_size, comm_cpus, comm_mem_nodes)
+
+
+def lacking(environ: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str]:
+    """What of the ``wanted`` variables a process with this environment is to be given."""
+    # Cores are reserved: workers stay as the launcher set them.
+    kept = {*environ, *(["CCL_WORKER_OFFLOAD"] if WORKER_CPUS in environ else [])}
+    return {name: value for name, value in wanted.items() if name not in kept}
 
 
 def _workers(local_size: int, comm_cpus: Sequence[Sequence[int]], comm_mem_nodes: Sequence[int]) -> dict[str, str]:

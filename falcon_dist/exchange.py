@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
+from falcon_dist.ccl_recipe import recipe
 from falcon_dist.contract import UserError
 from falcon_dist.process_group import open_group
 from falcon_dist.world import World
@@ -38,12 +39,16 @@ def _ccl_group() -> dist.ProcessGroup | None:
     """A group of all ranks over ccl, where all of them have it built."""
     built = torch.tensor([int(_is_built())])
     dist.all_reduce(built, dist.ReduceOp.MIN)
-    return dist.new_group(backend="ccl", timeout=PATIENCE) if int(built) else None
+    if not int(built):
+        return None
+    from falcon_dist.ccl import register
+
+    register()
+    opened: dist.ProcessGroup | None = dist.new_group(backend="ccl", timeout=PATIENCE)
+    return opened
 
 
 def _is_built() -> bool:
-    from falcon_dist.ccl.build import recipe
-
     try:
         return recipe().target.is_file()
     except UserError:

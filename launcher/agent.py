@@ -12,7 +12,7 @@ Commands come as JSON lines on standard input, events go as JSON lines to standa
     -> {"command": "ask", "request": "stacks"}     <- {"event": "stacks", "ranks": [{"rank", "state", "stacks"}]}
     -> {"command": "ask", "request": "save", "rank": R}
     -> {"command": "end_run", "file": F}           <- {"event": "ended_run", "text"}
-    -> {"command": "clock" | "examine" | "open_ring" | "ring", ...}    for falcon doctor, answered alike
+    -> {"command": "clock" | "find_probe" | "examine" | "open_ring" | "ring", ...}  for falcon doctor, answered alike
 
 besides ``hello`` at the start and ``output``, ``rank`` (a rank's own event), ``exited``, ``apart``, ``note``,
 ``fault`` and ``killed`` (by ``falcon kill``) when they happen. Both ends say ``alive`` every few seconds. End of input,
@@ -158,6 +158,7 @@ class Agent:
             "survey": self._survey,
             "end_run": lambda file: self.emit("ended_run", text=roster.end(file)),
             "clock": lambda: self.emit("clock", now=time.time()),
+            "find_probe": self._find_probe,
             "examine": self._examine,
             "open_ring": lambda addr: self.emit("ring_opened", port=self._open("ring", addr)),
             "ring": self._ring,
@@ -183,6 +184,11 @@ class Agent:
         from launcher import examine
 
         self.emit("ringed", **examine.ring(self._crew.sockets.pop("ring"), **to))
+
+    def _find_probe(self, cache: dict[str, str]) -> None:
+        from launcher import probe
+
+        self.emit("probe_found", **probe.find(cache))
 
     def _examine(self, **asked: Any) -> None:
         from launcher import examine

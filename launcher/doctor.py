@@ -19,6 +19,7 @@ EXAMINE_S: Final = 90.0
 CLOCK_TRIES: Final = 3
 CARRIED: Final = ("XDG_CACHE_HOME", "CXX")
 """What decides where the ccl backend is looked for, as a run would carry it."""
+NO_PROBE: Final[dict[str, Any]] = {"probe": {}, "packages": ""}
 
 
 def look(agents: Agents, hosts: Hostfile, run_dir: str, *, with_torch: bool) -> list[Findings]:
@@ -34,7 +35,8 @@ def look(agents: Agents, hosts: Hostfile, run_dir: str, *, with_torch: bool) -> 
     rates = _ring(agents.channels, addrs) if len(addrs) > 1 and not any(unreached) else [None] * len(facts)
     seats = _seats(agents, meeting) if with_torch and len(addrs) > 1 and not any(unreached) else [{}] * len(facts)
     surveyed = discover.survey(agents, cwd="/", script=None, run_dir=run_dir)
-    examined = _examine(agents.channels, facts, surveyed, seats, with_torch=with_torch)
+    probes = _probes(agents.channels) if with_torch and len(addrs) > 1 else [NO_PROBE] * len(facts)
+    examined = _examine(agents.channels, facts, surveyed, seats, probes, with_torch=with_torch)
     rows = zip(agents.channels, facts, examined, offsets, unreached, rates, strict=True)
     return [
         Findings(
@@ -49,18 +51,43 @@ def _examine(
     facts: Sequence[HostFacts],
     surveyed: Sequence[Mapping[str, Any]],
     seats: Sequence[Mapping[str, str]],
+    probes: Sequence[Mapping[str, Any]],
     *,
     with_torch: bool,
 ) -> list[dict[str, Any]]:
-    """All that the agents find out; of hosts with the same software and processor one looks for leaks, for all."""
-    kinds = [(told["code"], told["isa"], known.versions) for told, known in zip(surveyed, facts, strict=True)]
+    """All that the agents find out; of hosts with the same software and processor one looks for leaks, for all.
+
+    Not earlier, to gain time: it takes a core for some seconds, and the ring before it measures rates.
+    """
+    rows = zip(surveyed, facts, probes, strict=True)
+    kinds = [(told["code"], told["isa"], known.versions, found["packages"]) for told, known, found in rows]
     first = [kinds.index(kind) for kind in kinds]
-    for place, (channel, seat) in enumerate(zip(channels, seats, strict=True)):
-        channel.send("examine", with_torch=with_torch, with_leak=first[place] == place, seat=seat)
+    for place, (channel, seat, found) in enumerate(zip(channels, seats, probes, strict=True)):
+        with_leak = first[place] == place
+        channel.send("examine", with_torch=with_torch, with_leak=with_leak, seat=seat, probe=found["probe"])
     examined = answers(channels, "examined", EXAMINE_S)
-    leaks = [{name: value for name, value in examined[place]["torch"].items() if name == "leak"} for place in first]
-    rows = zip(surveyed, examined, leaks, strict=True)
-    return [{**known, **own, "torch": leak | own["torch"] if own["torch"] else {}} for known, own, leak in rows]
+    alike = [_alike(examined[n]["alike"], None if n == place else channels[n].host) for place, n in enumerate(first)]
+    return [
+        {**known, **own, "torch": {**shared, **own["torch"]} if own["torch"] else {}}
+        for known, own, shared in zip(surveyed, examined, alike, strict=True)
+    ]
+
+
+def _alike(told: Mapping[str, Any], elsewhere: str | None) -> dict[str, Any]:
+    """What one host told for all with its software, of another host: a fault then says where it was found."""
+    return {**told, "fault": f"{told['fault']} (on {elsewhere})"} if elsewhere and "fault" in told else dict(told)
+
+
+def _probes(channels: Sequence[Channel]) -> list[dict[str, Any]]:
+    """Every host's compiled probe. Without it on one of them Python asks on all: they meet in one way only."""
+    for channel in channels:
+        channel.send("find_probe", cache=_cache())
+    found = answers(channels, "probe_found", ANSWER_TIMEOUT_S)
+    return found if all(told["probe"] for told in found) else [NO_PROBE] * len(found)
+
+
+def _cache() -> dict[str, str]:
+    return {name: os.environ[name] for name in CARRIED if name in os.environ}
 
 
 def _seats(agents: Agents, meeting: Meeting) -> list[dict[str, str]]:
@@ -72,7 +99,7 @@ def _seats(agents: Agents, meeting: Meeting) -> list[dict[str, str]]:
         environment.Seat(rank=n, local_rank=0, world_size=size, local_world_size=1, node_rank=n, num_nodes=size)
         for n in range(size)
     ]
-    cache = {name: os.environ[name] for name in CARRIED if name in os.environ}
+    cache = _cache()
     return [
         cache | environment.seat_names(place) | met | {"GLOO_SOCKET_IFNAME": ifname, ccl_environment.INTERFACE: ifname}
         for place, ifname in zip(places, meeting.ifnames, strict=True)

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from falcon_dist.contract import STORE_FD
 from launcher import memory, onednn
+from launcher import probe as probes
 from launcher.wire import CHUNK_BYTES
 
 TORCH_S: Final = 60.0
@@ -24,15 +26,23 @@ RING_WAIT_S: Final = 3.0
 
 
 def host(
-    *, with_torch: bool, with_leak: bool, seat: Mapping[str, str], listening: socket.socket | None = None
+    *,
+    with_torch: bool,
+    with_leak: bool,
+    seat: Mapping[str, str],
+    probe: Mapping[str, str],
+    listening: socket.socket | None = None,
 ) -> dict[str, Any]:
     """Limits and memory of this host, and what needs torch if that is wanted too.
 
-    ``with_leak``: besides, whether packed samples see each other.
+    ``with_leak``: besides, as "alike", what holds for every host with this one's software: whether packed samples
+    see each other.
     ``seat``: the variables of a rank that takes part in an all_reduce of all hosts; empty: there is none.
+    ``probe``: the compiled one, as launcher.probe found it; empty: Python tells.
     ``listening``: where their store is served, on the first of them.
     """
     shm = os.statvfs("/dev/shm")  # noqa: S108  # the very place that is asked about
+    own, alike = _torch(seat, probe, listening, with_leak=with_leak) if with_torch else ({}, {})
     return {
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "processes": resource.getrlimit(resource.RLIMIT_NPROC)[0],
@@ -40,25 +50,51 @@ def host(
         "shm_bytes": shm.f_bavail * shm.f_frsize,
         "memory_free_bytes": memory.available_bytes(),
         "load": os.getloadavg()[0],
-        "torch": _torch(seat, listening, with_leak=with_leak) if with_torch else {},
+        "torch": own,
+        "alike": alike,
     }
 
 
-def _torch(seat: Mapping[str, str], listening: socket.socket | None, *, with_leak: bool) -> dict[str, Any]:
-    """What falcon_dist.host_facts tells of this host; "fault" where it cannot."""
-    words = [sys.executable, "-P", "-m", "falcon_dist.host_facts", *(["--leak"] if with_leak else [])]
+def _torch(
+    seat: Mapping[str, str], probe: Mapping[str, str], listening: socket.socket | None, *, with_leak: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is told of this host, and of all with its software; "fault" where nothing is."""
+    python = [sys.executable, "-P", "-m", "falcon_dist.host_facts"]
+    if not probe:
+        told = _told(_start([*python, "--leak"] if with_leak else python, seat, listening))
+        return told, {"leak": told["leak"]} if "leak" in told else {}
+    # Side by side: the other hosts do not wait for the model to be imported.
+    leak = _start([*python, "--leak"], {}) if with_leak else None
+    own = _told(_start([probe["path"]], {**probes.environment(probe, seat), **seat}, listening), "probe: ")
+    alike = _told(leak) if leak else {}
+    return own, {name: value for name, value in alike.items() if name in ("leak", "fault")}
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    process: subprocess.Popen[str]
+    deadline: float
+
+
+def _start(words: list[str], env: Mapping[str, str], listening: socket.socket | None = None) -> _Child:
     fds = [] if listening is None else [listening.fileno()]
-    env = os.environ | seat | onednn.VERBOSE | ({STORE_FD: str(fds[0])} if fds else {})
-    try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=TORCH_S, check=False, env=env, pass_fds=fds
-        )
-        told = json.loads(done.stdout.splitlines()[-1])
-        return {**told, "bf16_kernel": onednn.first_kernel(done.stdout)}
-    except subprocess.TimeoutExpired:
-        return {"fault": f"no answer within {TORCH_S:g} s"}
-    except (ValueError, IndexError, TypeError):
-        return {"fault": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
+    known = {**os.environ, **env, **onednn.VERBOSE, **({STORE_FD: str(fds[0])} if fds else {})}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, errors="replace", env=known, pass_fds=fds)
+    return _Child(process, time.monotonic() + TORCH_S)
+
+
+def _told(child: _Child, name: str = "") -> dict[str, Any]:
+    """The JSON of its last line, and the kernel that oneDNN's lines tell of; "fault" where there is none."""
+    with child.process as process:
+        try:
+            out, err = process.communicate(timeout=max(0.0, child.deadline - time.monotonic()))
+            return {**json.loads(out.splitlines()[-1]), "bf16_kernel": onednn.first_kernel(out)}
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return {"fault": f"{name}no answer within {TORCH_S:g} s"}
+        except (ValueError, IndexError, TypeError):
+            return {"fault": name + (err.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
 
 
 def ring(listening: socket.socket, addr: str, port: int) -> dict[str, float]:

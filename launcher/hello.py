@@ -15,7 +15,7 @@ VERSIONS_OF: Final = (
     *("falcon-dist", "torch", "transformers", "trl", "accelerate"),
     *("oneccl-cpu-devel", "oneccl-bind-pt", "intel-extension-for-pytorch"),
 )
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 IDENTITY: Final = ("HOME", "USER", "LOGNAME", "SHELL")
 """Variables that are the host's own business."""
 ALLOCATORS: Final = {

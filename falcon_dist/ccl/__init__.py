@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch.distributed as _dist
 
 from falcon_dist.ccl.backend import DEFAULT_TIMEOUT, create
-from falcon_dist.ccl.build import ensure_built, recipe
+from falcon_dist.ccl.build import ensure_built
+from falcon_dist.ccl_recipe import recipe
 from falcon_dist.contract import UserError
 
 __all__ = ["DEFAULT_TIMEOUT", "ensure_built", "register", "unavailable"]

@@ -16,10 +16,11 @@ from typing import Any, Final
 from torch._C._distributed_c10d import Backend, PrefixStore, ProcessGroupGloo, Store, _DistributedBackendOptions
 from torch.distributed.constants import default_pg_timeout
 
-from falcon_dist.ccl.build import MODULE, ensure_built
+from falcon_dist.ccl.build import ensure_built
 from falcon_dist.ccl.hosts import Place, find_place
-from falcon_dist.ccl.oneccl import find_library
-from falcon_dist.ccl_environment import INTERFACE, environment
+from falcon_dist.ccl_environment import INTERFACE, environment, lacking
+from falcon_dist.ccl_library import find_library
+from falcon_dist.ccl_recipe import MODULE
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +79,7 @@ def _set_environment(place: Place) -> None:
         interface=place.interface,
         library_folder=str(find_library().folder),
     )
-    if "CCL_WORKER_AFFINITY" in os.environ:
-        del wanted["CCL_WORKER_OFFLOAD"]  # cores are reserved: workers stay as the launcher set them
-    missing = {name: value for name, value in wanted.items() if name not in os.environ}
+    missing = lacking(os.environ, wanted)
     os.environ.update(missing)
     if missing:
         log.info("ccl: set %s", " ".join(f"{name}={value}" for name, value in missing.items()))

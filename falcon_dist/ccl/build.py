@@ -1,4 +1,4 @@
-"""Compiles the backend once per torch, oneCCL, compiler, flags and source, into the user's cache.
+"""Compiles the backend once per torch, oneCCL, compiler, flags and source, into the user's cache, and its probe.
 
 A build goes to a temporary folder and is renamed when it is whole; an flock keeps two builders apart
 and vanishes with its process, so a killed build leaves nothing that blocks the next one.
@@ -7,30 +7,25 @@ and vanishes with its process, so a killed build leaves nothing that blocks the 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
-import hashlib
-import json
 import logging
 import os
-import shutil
 import subprocess
 import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from falcon_dist.ccl.oneccl import Library, find_library
+from falcon_dist.ccl_recipe import SOURCES, Recipe, recipe
 from falcon_dist.contract import UserError
 
 log = logging.getLogger(__name__)
 
-MODULE: Final = "_falcon_ccl"
-SOURCES: Final = Path(__file__).parent / "src"
 _FLAGS: Final = (
     "-std=c++20",
     "-O3",
@@ -40,54 +35,14 @@ _FLAGS: Final = (
     "-Wextra",
     "-Wno-unused-parameter",
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    f'-DFALCON_TORCH_VERSION="{torch.__version__}"',
+    f'-DFALCON_TORCH_GLOO="{str(torch.distributed.is_gloo_available()).lower()}"',
 )
+_ONLY_MODULE: Final = "module.cpp"
+_ONLY_PROBE: Final = "probe.cpp"
+_MOST_COMPILERS: Final = 4
+"""At once: each takes up to 1 GB of memory."""
 _BUILD_TIMEOUT_S: Final = 900
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """Everything a build depends on; ``key`` is its hash."""
-
-    oneccl: Library
-    compiler: str
-    compiler_version: str
-
-    @property
-    def key(self) -> str:
-        """Hex digest that names the cache folder."""
-        facts = {
-            "torch": [torch.__version__, torch.version.git_version],
-            "python": sysconfig.get_config_var("SOABI"),
-            "oneccl": [self.oneccl.version, str(self.oneccl.folder)],
-            "compiler": self.compiler_version,
-            "build": [Path(__file__).read_text(), os.environ.get("CXXFLAGS", "")],
-            "sources": {p.name: p.read_text() for p in sorted(SOURCES.iterdir()) if p.is_file()},
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-    @property
-    def target(self) -> Path:
-        """The finished module's path in the cache."""
-        return cache_folder() / self.key / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
-
-
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/falcon-dist/ccl``, by default under ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "falcon-dist" / "ccl"
-
-
-def recipe() -> Recipe:
-    """What a build would be made of here. Raises UserError where oneCCL or a compiler is missing."""
-    oneccl = find_library()
-    compiler = os.environ.get("CXX") or "g++"
-    path = shutil.which(compiler)
-    if path is None:
-        raise UserError(
-            f"oneCCL: no C++ compiler {compiler!r} on PATH to build the ccl backend; install g++ 11 or later or set CXX"
-        )
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    return Recipe(oneccl=oneccl, compiler=path, compiler_version=version.stdout.splitlines()[0])
 
 
 def ensure_built() -> Path:
@@ -98,50 +53,55 @@ def ensure_built() -> Path:
     wanted = recipe()
     if wanted.target.is_file():
         return wanted.target
-    with _locked(wanted.key):
+    with _locked(wanted):
         if not wanted.target.is_file():
             _compile_into(wanted)
     return wanted.target
 
 
 @contextlib.contextmanager
-def _locked(key: str) -> Iterator[None]:
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{key}.lock").open("w") as lock:
+def _locked(wanted: Recipe) -> Iterator[None]:
+    wanted.cache.mkdir(parents=True, exist_ok=True)
+    with (wanted.cache / f"{wanted.key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when this process ends
         yield
 
 
 def _compile_into(wanted: Recipe) -> None:
     started = time.monotonic()
-    log.info("building the ccl backend for torch %s and oneCCL %s", torch.__version__, wanted.oneccl.version)
-    with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="build-") as name:
-        folder = Path(name)
-        objects = []
-        for source in sorted(SOURCES.glob("*.cpp")):
-            objects.append(folder / f"{source.stem}.o")
-            _run([*_compile(wanted), "-c", str(source), "-o", str(objects[-1])], wanted)
-        module = folder / wanted.target.name
-        _run(_link(wanted, [*map(str, objects), "-o", str(module)]), wanted)
-        for path in objects:
-            path.unlink()
+    log.info("building the ccl backend for torch %s and oneCCL %s", wanted.torch.version, wanted.oneccl.version)
+    with tempfile.TemporaryDirectory(dir=wanted.cache, prefix="build-") as name:
+        objects = _compile_all(wanted, Path(name))
+        shared = [path for source, path in objects.items() if source not in (_ONLY_MODULE, _ONLY_PROBE)]
+        module, probe = Path(name, wanted.target.name), Path(name, wanted.probe.name)
+        _run(_link(wanted, [objects[_ONLY_PROBE], *shared], ["-pie"], probe), wanted)
+        _run(_link(wanted, [objects[_ONLY_MODULE], *shared], ["-shared", "-ltorch_python"], module), wanted)
         wanted.target.parent.mkdir(exist_ok=True)
-        module.rename(wanted.target)
+        probe.rename(wanted.probe)
+        module.rename(wanted.target)  # last: by it a build is known to be whole
     log.info("built the ccl backend in %.0f s: %s", time.monotonic() - started, wanted.target)
 
 
+def _compile_all(wanted: Recipe, folder: Path) -> dict[str, Path]:
+    """The object of every source, by its name; as many at once as there are cpus."""
+    made = {source: folder / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
+    words = _compile(wanted)
+    with ThreadPoolExecutor(min(_MOST_COMPILERS, len(os.sched_getaffinity(0)))) as compilers:
+        for _ in compilers.map(lambda s: _run([*words, "-c", str(s), "-o", str(made[s])], wanted), made):
+            pass  # raises what one of them raised, and starts no more
+    return {source.name: path for source, path in made.items()}
+
+
 def _compile(wanted: Recipe) -> list[str]:
-    torch_include = Path(torch.__file__).parent / "include"
+    torch_include = wanted.torch.folder / "include"
     folders = [
         torch_include,
         torch_include / "torch" / "csrc" / "api" / "include",
         wanted.oneccl.include,
         Path(sysconfig.get_paths()["include"]),
     ]
-    extra = os.environ.get("CXXFLAGS", "").split()
     includes = [flag for folder in folders for flag in ("-isystem", str(folder))]
-    return [wanted.compiler, *_FLAGS, *_abi_flags(), *includes, *extra]
+    return [wanted.compiler, *_FLAGS, *_abi_flags(), *includes, *wanted.flags.split()]
 
 
 def _abi_flags() -> list[str]:
@@ -154,15 +114,15 @@ def _abi_flags() -> list[str]:
     return flags
 
 
-def _link(wanted: Recipe, objects: list[str]) -> list[str]:
-    torch_lib = Path(torch.__file__).parent / "lib"
+def _link(wanted: Recipe, objects: list[Path], kind: list[str], made: Path) -> list[str]:
     library = wanted.oneccl.folder
     return [
         wanted.compiler,
-        "-shared",
-        *objects,
-        f"-L{torch_lib}",
-        "-ltorch_python",
+        *map(str, objects),
+        "-o",
+        str(made),
+        f"-L{wanted.torch.folder / 'lib'}",
+        *kind,
         "-ltorch",
         "-ltorch_cpu",
         "-lc10",

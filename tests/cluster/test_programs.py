@@ -14,6 +14,7 @@ from launching import BIN
 
 from cluster.hosts import Hosts
 from cluster.programs import ACCELERATE, DDP, DEEPSPEED, LOADERS
+from falcon_dist import ccl_recipe
 
 SHM = "/dev/shm"  # shared memory is mounted there
 LAUNCH = str(BIN / "falcon-launch")
@@ -192,6 +193,25 @@ def test_the_doctor_finds_what_is_wrong_on_every_host(hosts: Hosts):
     assert shm.endswith("mount it larger (containers: --shm-size)")
     assert "packed" not in problems
     assert "torch" not in problems
+
+
+def test_the_doctor_names_a_host_whose_own_torch_is_broken(hosts: Hosts, tmp_path: Path):
+    """Hosts with the same packages have torch imported on one of them; a host with others does it for itself."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    (tmp_path / "functional.py").write_text("raise ImportError('cut short')\n")
+    with hosts[1].overlaid(Path(str(spec.origin)).parent, tmp_path):
+        done = hosts[0].run(str(BIN / "falcon"), "doctor", "--hosts", "node[1-3]", timeout=100)
+    rows = [line.split("  ")[:2] for line in done.stdout.splitlines() if "does not work" in line]
+    assert rows == [["node2", "torch does not work: ImportError: cut short"]], done.stdout + done.stderr
+
+
+def test_the_doctor_asks_python_where_a_host_has_nothing_compiled(hosts: Hosts):
+    with hosts[2].mounted("-t", "tmpfs", "tmpfs", str(ccl_recipe.cache_folder())):
+        done = hosts[0].run(str(BIN / "falcon"), "doctor", "--hosts", "node[1-3]", timeout=100)
+    assert len(re.findall(r"\d+ MB/s \(gloo\)", done.stdout)) == 3, done.stdout + done.stderr
+    assert "torch" not in done.stdout
+    assert "packed" not in done.stdout
 
 
 def test_a_clock_that_is_half_a_minute_ahead(hosts: Hosts, launch):

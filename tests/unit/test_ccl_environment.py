@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from falcon_dist.ccl_environment import environment
+from falcon_dist.ccl_environment import environment, lacking
 from falcon_dist.contract import UserError
 
 
@@ -56,7 +56,15 @@ def test_uneven_reservations_are_refused(cpus: list[list[int]]) -> None:
         environment(local_rank=0, local_size=2, interface="lo", comm_cpus=cpus)
 
 
-def test_the_launcher_can_import_it_without_torch() -> None:
-    code = "import sys; sys.path[:0] = ['.']; import falcon_dist.ccl_environment; print('torch' in sys.modules)"
+def test_what_is_set_stays() -> None:
+    wanted = environment(local_rank=0, local_size=1, interface="eth0")
+    assert lacking({}, wanted) == wanted
+    assert "FI_PROVIDER" not in lacking({"FI_PROVIDER": "verbs"}, wanted)
+    assert "CCL_WORKER_OFFLOAD" not in lacking({"CCL_WORKER_AFFINITY": "3"}, wanted)
+
+
+@pytest.mark.parametrize("module", ["ccl_environment", "ccl_recipe"])
+def test_the_launcher_can_import_it_without_torch(module: str) -> None:
+    code = f"import sys; sys.path[:0] = ['.']; import falcon_dist.{module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

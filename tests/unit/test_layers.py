@@ -49,6 +49,7 @@ LAYERS = {
             "doors",
             "hello",
             "survey",
+            "probe",
             "examine",
             "roster",
         ),
@@ -109,7 +110,7 @@ def test_a_module_sees_its_own_layer_and_those_before(module):
 def test_only_the_contract_is_taken_from_falcon_dist(module):
     theirs = {name for name in imports_of(ROOT / f"launcher/{module}.py") if name.startswith("falcon_dist.")}
     agreed = {"falcon_dist.contract", "falcon_dist.config", "falcon_dist.agreement", "falcon_dist.old_names"}
-    assert theirs <= agreed | {"falcon_dist.ccl_environment", "falcon_dist.ccl_intel"}
+    assert theirs <= agreed | {"falcon_dist.ccl_environment", "falcon_dist.ccl_intel", "falcon_dist.ccl_recipe"}
 
 
 @pytest.mark.parametrize("module", PURE)
@@ -122,7 +123,7 @@ def test_the_rank_program_does_not_know_the_launcher(path):
     assert not [name for name in imports_of(path) if name.split(".")[0] == "launcher"]
 
 
-@pytest.mark.parametrize("module", ["cli", "verbs", "agent", "run", "record", "console"])
+@pytest.mark.parametrize("module", ["cli", "verbs", "agent", "run", "record", "console", "examine"])
 def test_the_standard_library_is_enough(module):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import launcher.{module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)

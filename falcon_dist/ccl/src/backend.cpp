@@ -1,17 +1,22 @@
 #include "backend.h"
 
+#include <ATen/ops/ones.h>
 #include <ATen/ops/view_as_real.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <future>
+#include <limits>
+#include <numeric>
 #include <set>
 
 #include "alarm.h"
 #include "kvs.h"
 #include "task.h"
+#include "trial.h"
 
 namespace falcon {
 
@@ -385,6 +390,30 @@ WorkPtr CclBackend::recv(Tensors& tensors, int from, int tag) {
 
 WorkPtr CclBackend::recvAnysource(Tensors& tensors, int tag) {
   return inner().recvAnysource(tensors, tag);
+}
+
+double all_reduce_rate(c10::intrusive_ptr<c10d::Store> store, int rank, int size, milliseconds timeout) {
+  constexpr int64_t kFloats = 4 << 20;  // these and the check as in falcon_dist/exchange.py
+  constexpr int kTries = 3;
+  CclBackend::Settings settings{"default", std::vector<int64_t>(size), timeout, nullptr};
+  std::iota(settings.global_ranks.begin(), settings.global_ranks.end(), 0);
+  auto* const group = c10::make_intrusive<CclBackend>(std::move(store), rank, size, std::move(settings)).release();
+  Tensors tensors{at::ones({kFloats})};
+  c10d::BarrierOptions together;
+  c10d::AllreduceOptions sum;
+  together.asyncOp = sum.asyncOp = false;
+  double least = std::numeric_limits<double>::infinity();
+  for (int attempt = 0; attempt < kTries; ++attempt) {
+    group->barrier(together);
+    const Clock::time_point started = Clock::now();
+    group->allreduce(tensors, sum);
+    least = std::min(least, std::chrono::duration<double>(Clock::now() - started).count());
+  }
+  const float wanted = static_cast<float>(std::pow(size, kTries));
+  const float* const data = tensors[0].const_data_ptr<float>();
+  const bool right = std::all_of(data, data + kFloats, [wanted](float got) { return got == wanted; });
+  TORCH_CHECK(right, "all_reduce gave a wrong sum");
+  return static_cast<double>(tensors[0].nbytes()) / least;
 }
 
 }  // namespace falcon

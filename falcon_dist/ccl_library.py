@@ -1,4 +1,7 @@
-"""Where oneCCL is on this machine: headers, libccl and libfabric's providers."""
+"""Where oneCCL is on this machine: headers, libccl and libfabric's providers.
+
+Standard library only; not a module of falcon_dist.ccl, which imports torch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import importlib.metadata
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -28,12 +32,12 @@ class Library:
     """As the headers give it, for example "Gold-2021.15.2 2025-05-12T 08:06:45Z (HEAD/ae8376ff)"."""
 
 
-def find_library() -> Library:
+def find_library(environ: Mapping[str, str] = os.environ) -> Library:
     """The oneCCL of ``CCL_ROOT`` where that is set, else the one pip installed into this environment.
 
     Raises UserError with the cure where headers or library are missing.
     """
-    given = os.environ.get("CCL_ROOT")
+    given = environ.get("CCL_ROOT")
     roots = [Path(given)] if given else _pip_roots()
     for root in roots:
         header = root / "include" / "oneapi" / "ccl" / "config.h"
