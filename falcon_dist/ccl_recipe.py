@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -92,7 +93,7 @@ def recipe(environ: Mapping[str, str] = os.environ) -> Recipe:
         torch=find_torch(),
         oneccl=oneccl,
         compiler=path,
-        compiler_version=version.stdout.splitlines()[0],
+        compiler_version=(version.stdout.splitlines() or ["unknown"])[0],
         flags=environ.get("CXXFLAGS", ""),
         cache=cache_folder(environ),
     )
@@ -103,10 +104,14 @@ def find_torch() -> Torch:
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         raise UserError("oneCCL: torch is not installed, for which the ccl backend is built; install falcon-dist again")
-    folder = Path(found.origin).parent
-    spec = importlib.util.spec_from_file_location("torch_version", folder / "version.py")
-    assert spec is not None  # of a file that ends in .py there is one
-    assert spec.loader is not None
-    told = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(told)
-    return Torch(version=told.__version__, commit=told.git_version, folder=folder)
+    return read_torch(Path(found.origin).parent)
+
+
+def read_torch(folder: Path) -> Torch:
+    """What this package of torch says of itself. Raises UserError where it does not."""
+    path = folder / "version.py"
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    told = dict(re.findall(r"""^(__version__|git_version)\b[^=]*= *["']([^"']+)["']""", text, re.MULTILINE))
+    if "__version__" not in told:
+        raise UserError(f"oneCCL: {path} does not tell the version of torch; install torch again")
+    return Torch(version=told["__version__"], commit=told.get("git_version"), folder=folder)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from falcon_dist import ccl_environment
-from launcher import discover, environment
+from launcher import discover, environment, probe
 from launcher.cluster import HostFacts
 from launcher.diagnosis import Findings
 from launcher.discover import ANSWER_TIMEOUT_S, Agents, answers
@@ -19,7 +19,6 @@ EXAMINE_S: Final = 90.0
 CLOCK_TRIES: Final = 3
 CARRIED: Final = ("XDG_CACHE_HOME", "CXX")
 """What decides where the ccl backend is looked for, as a run would carry it."""
-NO_PROBE: Final[dict[str, Any]] = {"probe": {}, "packages": ""}
 
 
 def look(agents: Agents, hosts: Hostfile, run_dir: str, *, with_torch: bool) -> list[Findings]:
@@ -35,7 +34,7 @@ def look(agents: Agents, hosts: Hostfile, run_dir: str, *, with_torch: bool) -> 
     rates = _ring(agents.channels, addrs) if len(addrs) > 1 and not any(unreached) else [None] * len(facts)
     seats = _seats(agents, meeting) if with_torch and len(addrs) > 1 and not any(unreached) else [{}] * len(facts)
     surveyed = discover.survey(agents, cwd="/", script=None, run_dir=run_dir)
-    probes = _probes(agents.channels) if with_torch and len(addrs) > 1 else [NO_PROBE] * len(facts)
+    probes = _probes(agents.channels) if with_torch and len(addrs) > 1 else [probe.NONE] * len(facts)
     examined = _examine(agents.channels, facts, surveyed, seats, probes, with_torch=with_torch)
     rows = zip(agents.channels, facts, examined, offsets, unreached, rates, strict=True)
     return [
@@ -78,12 +77,12 @@ def _alike(told: Mapping[str, Any], elsewhere: str | None) -> dict[str, Any]:
     return {**told, "fault": f"{told['fault']} (on {elsewhere})"} if elsewhere and "fault" in told else dict(told)
 
 
-def _probes(channels: Sequence[Channel]) -> list[dict[str, Any]]:
+def _probes(channels: Sequence[Channel]) -> Sequence[Mapping[str, Any]]:
     """Every host's compiled probe. Without it on one of them Python asks on all: they meet in one way only."""
     for channel in channels:
         channel.send("find_probe", cache=_cache())
-    found = answers(channels, "probe_found", ANSWER_TIMEOUT_S)
-    return found if all(told["probe"] for told in found) else [NO_PROBE] * len(found)
+    found = answers(channels, "probe_found", EXAMINE_S)  # torch's files are looked at, which may lie far away
+    return found if all(told["probe"] for told in found) else [probe.NONE] * len(found)
 
 
 def _cache() -> dict[str, str]:

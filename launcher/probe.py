@@ -16,23 +16,25 @@ from typing import Any, Final
 from falcon_dist import ccl_environment, ccl_recipe
 from launcher.errors import UserError
 
+NONE: Final[Mapping[str, Any]] = {"probe": {}, "packages": ""}
+"""What a host tells that has none."""
 NOT_IMPORTED: Final = ("include", "__pycache__")
 
 
-def find(cache: Mapping[str, str]) -> dict[str, Any]:
+def find(cache: Mapping[str, str]) -> Mapping[str, Any]:
     """The probe that was built for this host's software, empty where there is none; and what its packages are like.
 
     ``cache``: the variables by which a run would look for the backend.
     """
     try:
         made = ccl_recipe.recipe(os.environ | cache)
-    except UserError:
-        return {"probe": {}, "packages": ""}
-    # A cache on a file system that runs no programs has a probe of no use.
-    if not (made.target.is_file() and os.access(made.probe, os.X_OK)):
-        return {"probe": {}, "packages": ""}
-    places = {"path": str(made.probe), "torch": str(made.torch.folder / "lib"), "oneccl": str(made.oneccl.folder)}
-    return {"probe": places, "packages": _packages(made.torch.folder)}
+        # A cache on a file system that runs no programs has a probe of no use.
+        if not (made.target.is_file() and os.access(made.probe, os.X_OK)):
+            return NONE
+        places = {"path": str(made.probe), "torch": str(made.torch.folder / "lib"), "oneccl": str(made.oneccl.folder)}
+        return {"probe": places, "packages": _packages(made.torch.folder)}
+    except (UserError, OSError):  # Python will tell what is wrong there
+        return NONE
 
 
 def environment(probe: Mapping[str, str], seat: Mapping[str, str]) -> dict[str, str]:

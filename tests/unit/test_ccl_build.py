@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import falcon_dist.ccl
+from falcon_dist import ccl_recipe
 from falcon_dist.ccl import build as ccl_build
 from falcon_dist.ccl.hosts import check_interface, route_interface
 from falcon_dist.contract import UserError
@@ -41,6 +42,15 @@ def test_flags_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ccl_build.recipe().key
     monkeypatch.setenv("CXXFLAGS", "-march=native")
     assert ccl_build.recipe().key != plain
+
+
+def test_a_torch_that_does_not_tell_its_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "version.py").write_text("__version__: str = '2.9.0+cpu'\ngit_version = 'c0ffee'\n")
+    told = ccl_recipe.read_torch(tmp_path)
+    assert (told.version, told.commit) == ("2.9.0+cpu", "c0ffee")
+    (tmp_path / "version.py").write_text("__vers")
+    with pytest.raises(UserError, match="does not tell the version of torch"):
+        ccl_recipe.read_torch(tmp_path)
 
 
 def test_the_loops_compile_with_the_oldest_compiler(tmp_path: Path) -> None:

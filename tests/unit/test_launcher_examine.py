@@ -82,7 +82,15 @@ def test_packages_differ_by_their_files_not_by_what_is_compiled_of_them(tmp_path
 
 
 def test_a_host_where_nothing_was_built_has_no_probe(tmp_path: Path) -> None:
-    assert probe.find({"XDG_CACHE_HOME": str(tmp_path)}) == {"probe": {}, "packages": ""}
+    assert probe.find({"XDG_CACHE_HOME": str(tmp_path)}) == probe.NONE
+
+
+def test_a_torch_that_cannot_be_read_is_left_to_python(monkeypatch) -> None:
+    def broken(environ: object) -> None:
+        raise PermissionError("torch/version.py")
+
+    monkeypatch.setattr("falcon_dist.ccl_recipe.recipe", broken)
+    assert probe.find({}) == probe.NONE
 
 
 def test_a_probe_finds_libraries_and_a_way_to_the_others(monkeypatch) -> None:
