@@ -181,5 +181,5 @@ def test_a_model_that_no_run_trained_gets_no_card_of_one(saved: Path) -> None:
     out = saved.parent.parent / "quantized" / "base"
     with checkpoint.written(out, {"step": 0, "quantized": "int8", "made_from": "tiiuae/falcon-7b"}) as folder:
         (folder / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(UserError, match='^falcon push: ".*quantized/base" was not trained by a run'):
+    with pytest.raises(UserError, match=r'^falcon push: ".*quantized/base" was not trained by a run'):
         push([str(out), "me/mine", "--dry-run"])
