@@ -162,6 +162,13 @@ def test_no_host_has_so_much_memory(memory: str) -> None:
         estimate(["demo", "--memory", memory])
 
 
+@pytest.fixture
+def deepspeed_says_nothing(monkeypatch) -> None:
+    """Imported for the first time, it would tell on stdout which accelerator it takes; the command keeps it quiet."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.mark.usefixtures("deepspeed_says_nothing")
 def test_estimate_tells_every_strategy_and_whether_the_one_asked_for_fits(tmp_path: Path, capsys) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text(f'strategy = "lora"\n[model]\nname = "{write_model(tmp_path / "model")}"\n')
@@ -174,6 +181,7 @@ def test_estimate_tells_every_strategy_and_whether_the_one_asked_for_fits(tmp_pa
     assert lines[1].startswith("* lora")
 
 
+@pytest.mark.usefixtures("deepspeed_says_nothing")
 def test_strategies_that_a_model_or_a_precision_cannot_have_are_left_out(tmp_path: Path, capsys) -> None:
     Qwen2Config(
         hidden_size=32,
