@@ -61,7 +61,7 @@ def exception(bed: Bed) -> Found:
 
 
 def straggler(bed: Bed) -> Found:
-    job = bed.train("--set", "loop.max_steps=60")
+    job = bed.train()
     job.wait_step(3)
     job.mark()
     with slowed(job.pid_of(1)):
