@@ -108,7 +108,7 @@ def injected(bed: Bed, job: Job, rank: int, timeout: float = 120) -> None:
 
 
 class slowed:  # noqa: N801  # used as a context manager
-    """A process gets a fifth of its time only."""
+    """A process gets a fifth of its time only, in portions shorter than a step, so that every step is slow."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -119,9 +119,9 @@ class slowed:  # noqa: N801  # used as a context manager
         while not self._over.is_set():
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGSTOP)
-                time.sleep(0.2)
+                time.sleep(0.016)
                 os.kill(self._pid, signal.SIGCONT)
-            time.sleep(0.05)
+            time.sleep(0.004)
 
     def __enter__(self) -> None:
         self._thread.start()
