@@ -36,7 +36,7 @@ _TIMEOUT_S: Final = 120
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def loaded() -> ctypes.CDLL | None:
     """The kernels; None where there is no compiler, or none whose work can be kept and run."""
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler is None:
@@ -79,12 +79,12 @@ def _processor() -> bytes:
 def takes(*tensors: Tensor) -> bool:
     """Whether there are kernels for these, once contiguous; fake tensors and those of other devices have no data."""
     plain = all(type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype == torch.bfloat16 for x in tensors)
-    return plain and library() is not None
+    return plain and loaded() is not None
 
 
 def _taken(*tensors: Tensor) -> ctypes.CDLL | None:
     """The library, where it takes these as they are."""
-    return library() if all(x.is_contiguous() for x in tensors) and takes(*tensors) else None
+    return loaded() if all(x.is_contiguous() for x in tensors) and takes(*tensors) else None
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:
@@ -167,7 +167,7 @@ def causal_softmax(scores: Tensor, queries: int, scale: float) -> tuple[Tensor, 
 
     The last of each ``queries`` stands beside the last key, and none looks ahead.
     """
-    lib = library()
+    lib = loaded()
     assert lib is not None
     assert scores.is_contiguous()
     weights = torch.empty(scores.shape, dtype=torch.bfloat16)
@@ -181,7 +181,7 @@ def causal_gradient_(
     scores: Tensor, gradients: Tensor, norms: Tensor, dots: Tensor, *, queries: int, scale: float
 ) -> Tensor:
     """bf16 probabilities of such scores again; their gradients become those of the products of query and key."""
-    lib = library()
+    lib = loaded()
     assert lib is not None
     assert scores.is_contiguous()
     assert gradients.is_contiguous()

@@ -30,11 +30,11 @@ ROUNDED = 0.003
 @pytest.fixture(params=["compiled", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(kernels, "library", lambda: None)
+        monkeypatch.setattr(kernels, "loaded", lambda: None)
     elif shutil.which("g++") is None:
         pytest.skip("there is no g++ here")
     else:
-        assert kernels.library() is not None
+        assert kernels.loaded() is not None
     torch.manual_seed(0)
     return request.param
 
@@ -190,22 +190,22 @@ def test_a_library_is_compiled_once_and_none_that_fails_is_taken(
 ) -> None:
     if shutil.which("g++") is None:
         pytest.skip("there is no g++ here")
-    kernels.library.cache_clear()
+    kernels.loaded.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
-        assert kernels.library() is not None
+        assert kernels.loaded() is not None
         (made,) = (tmp_path / "falcon-dist" / "kernels").iterdir()
         written = made.stat().st_mtime_ns
-        kernels.library.cache_clear()
-        assert kernels.library() is not None
+        kernels.loaded.cache_clear()
+        assert kernels.loaded() is not None
         assert made.stat().st_mtime_ns == written
-        kernels.library.cache_clear()
+        kernels.loaded.cache_clear()
         monkeypatch.setattr(kernels, "_FLAGS", ("--no-such-flag",))
-        assert kernels.library() is None
+        assert kernels.loaded() is None
         assert "its kernels cannot be compiled" in caplog.text
         assert "no-such-flag" in caplog.text
-        kernels.library.cache_clear()
+        kernels.loaded.cache_clear()
         monkeypatch.setattr(shutil, "which", lambda name: None)
-        assert kernels.library() is None
+        assert kernels.loaded() is None
     finally:
-        kernels.library.cache_clear()
+        kernels.loaded.cache_clear()
