@@ -7,7 +7,9 @@ people; the second speaker is relabelled assistant. "debian:dict-foldoc" is told
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -102,9 +104,10 @@ def _convert_smollm2(package: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF, trust_remote_code=False)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        package, gguf_file=_GGUF, dtype=torch.float32, trust_remote_code=False
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # the reader's progress bar heeds no setting of transformers
+        loaded = AutoModelForCausalLM.from_pretrained(
+            package, gguf_file=_GGUF, dtype=torch.float32, trust_remote_code=False
+        )
     # A model read from GGUF refuses to be saved, so a plain one takes its weights over.
     values = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):

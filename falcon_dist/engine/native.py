@@ -20,7 +20,7 @@ from transformers import (
 
 from falcon_dist.config import ModelConfig, Precision
 from falcon_dist.contract import UserError
-from falcon_dist.engine import foreign
+from falcon_dist.engine import foreign, widened
 from falcon_dist.engine.attention import SEGMENTS, register
 from falcon_dist.engine.form import FAMILIES, plain_attention
 
@@ -36,12 +36,14 @@ WEIGHT_DTYPES: dict[Precision, torch.dtype] = {
 def load_model(source: Path | str, config: ModelConfig, precision: Precision) -> PreTrainedModel:
     """The model with its weights in the precision's dtype, in training mode and in plain form (see form.py).
 
-    A folder of adapters gives the model they were trained on with them beside its layers.
+    A folder of adapters gives the model they were trained on with them beside its layers. Where the processor does not
+    multiply bf16, this process does from here on as widened.py says.
 
     Raises:
         UserError: there is no such model, or its files do not load, or are such as could run code; or it is not the
             one that adapters were trained on.
     """
+    widened.install()
     base, commit = base_and_commit(source)
     for place in (source, base):
         foreign.check_weights(place)

@@ -11,9 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from falcon_dist.config import Precision
+from falcon_dist.engine.widened import multiplies_bf16
 
 SIDE: Final = 2048
 """Side of the square product that is measured: operands of 8 MiB in bfloat16."""
+WIDENED: Final = "this processor does not multiply bf16: products of bf16 matrices are computed in fp32 and rounded"
 BUDGET_S: Final = 0.15
 """Seconds the measurement may take; two products are timed however long they take."""
 
@@ -55,10 +57,13 @@ def step_flops(model: PreTrainedModel) -> int:
 
 
 def gauge(model: PreTrainedModel, precision: Precision) -> tuple[Gauge, list[str]]:
-    """Measures this rank's peak in the dtype it computes in; with lines for the person watching."""
-    fp32 = precision == "fp32"
+    """Measures this rank's peak in the dtype it multiplies in; with lines for the person watching."""
+    widened = precision != "fp32" and not multiplies_bf16()
+    fp32 = precision == "fp32" or widened
     gflops = gemm_gflops(torch.float32 if fp32 else torch.bfloat16)
     lines = [f"GEMM peak of a rank: {gflops:,.0f} GFLOP/s in {'fp32' if fp32 else 'bf16'}"]
+    if widened:
+        lines.append(WIDENED)
     if not fp32 and (warning := slow_bf16(gflops, gemm_gflops(torch.float32, SIDE // 2, 0.0))):
         lines.append(warning)
     return Gauge(gflops=gflops, flops_per_token=step_flops(model)), lines

@@ -1,0 +1,106 @@
+"""Products of bf16 matrices on processors that cannot multiply bf16: widened to fp32, multiplied, rounded once.
+
+oneDNN multiplies bf16 where there is AVX-512 or more. On others (EPYC before its fourth generation, Xeon before
+Skylake) torch is left with loops of its own, at a hundredth of the rate of fp32 (docs/engine.md). The products here
+have the same inputs, the same fp32 sums and the same rounding; they go through torch's own fp32 kernels, a piece of
+the larger operand at a time, so that what is widened stays in the cache.
+
+They are put in the place of torch's CPU kernels for four operators, in this process, so that whatever multiplies
+gains: layers, attention, gradients, adapters, DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Final
+
+import torch
+from torch import Tensor, library
+
+PIECE: Final = 1 << 21
+"""Numbers of the larger operand that are widened at once: 8 MiB in fp32."""
+REUSE: Final = 8
+"""Products a number of operands and result, from which widening pays: a row or a few are faster as they are."""
+_aten = torch.ops.aten
+
+
+@cache
+def install() -> library.Library | None:
+    """Puts the products in the place of torch's, once, for the rest of this process; None: oneDNN multiplies bf16."""
+    if multiplies_bf16():
+        return None
+    made = library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")
+        for name, kernel in {"mm": mm, "addmm": addmm, "bmm": bmm, "baddbmm": baddbmm}.items():
+            made.impl(name, kernel, "CPU")
+    return made
+
+
+def multiplies_bf16() -> bool:
+    """Whether oneDNN has products of bf16 for this processor."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def mm(left: Tensor, right: Tensor) -> Tensor:
+    """aten::mm, [M, K] @ [K, N]; torch's own kernel for other dtypes, and where widening does not pay."""
+    if not _pays(left, right):
+        return _aten.mm.out(left, right, out=left.new_empty(0))  # type: ignore[no-any-return]
+    return _product(left, right, lambda a, b, out, _: _aten.mm.out(a, b, out=out))
+
+
+def addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """aten::addmm, ``beta * added + alpha * left @ right``; ``added`` can be broadcast to [M, N]."""
+    if not _pays(left, right) or added.dtype != torch.bfloat16:
+        out = left.new_empty(0)
+        return _aten.addmm.out(added, left, right, beta=beta, alpha=alpha, out=out)  # type: ignore[no-any-return]
+    whole = added.expand(left.shape[0], right.shape[1])
+
+    def piece(a: Tensor, b: Tensor, out: Tensor, where: tuple[slice, slice]) -> None:
+        _aten.addmm.out(whole[where].float(), a, b, beta=beta, alpha=alpha, out=out)
+
+    return _product(left, right, piece)
+
+
+def bmm(left: Tensor, right: Tensor) -> Tensor:
+    """aten::bmm, [B, M, K] @ [B, K, N]."""
+    if not _pays(left, right):
+        return _aten.bmm.out(left, right, out=left.new_empty(0))  # type: ignore[no-any-return]
+    return _aten.bmm.out(left.float(), right.float(), out=torch.empty(0)).to(torch.bfloat16)  # type: ignore[no-any-return]
+
+
+def baddbmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """aten::baddbmm, ``beta * added + alpha * left @ right``; ``added`` can be broadcast to [B, M, N]."""
+    if not _pays(left, right) or added.dtype != torch.bfloat16:
+        out = left.new_empty(0)
+        return _aten.baddbmm.out(added, left, right, beta=beta, alpha=alpha, out=out)  # type: ignore[no-any-return]
+    wide, out = (added.float(), left.float(), right.float()), torch.empty(0)
+    return _aten.baddbmm.out(*wide, beta=beta, alpha=alpha, out=out).to(torch.bfloat16)  # type: ignore[no-any-return]
+
+
+def _pays(left: Tensor, right: Tensor) -> bool:
+    if left.dtype != torch.bfloat16 or right.dtype != torch.bfloat16 or left.dim() != right.dim():
+        return False
+    rows, inner, columns = *left.shape[-2:], right.shape[-1]
+    return bool(rows * inner * columns >= REUSE * (rows * inner + inner * columns + rows * columns))
+
+
+def _product(
+    left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor, Tensor, tuple[slice, slice]], object]
+) -> Tensor:
+    """[M, K] and [K, N] -> [M, N] in bf16, by ``multiply(left, right, out, where)`` on fp32 pieces of them."""
+    rows, columns, inner = left.shape[0], right.shape[1], left.shape[1]
+    by_rows = rows > columns
+    whole = (right if by_rows else left).float()
+    out = left.new_empty(rows, columns)
+    step = max(64, PIECE // inner // 64 * 64)
+    for start in range(0, max(rows, columns), step):
+        end = min(max(rows, columns), start + step)
+        where = (slice(start, end), slice(None)) if by_rows else (slice(None), slice(start, end))
+        piece = (left[start:end] if by_rows else right[:, start:end]).float()
+        made = torch.empty(out[where].shape)
+        multiply(*((piece, whole) if by_rows else (whole, piece)), made, where)
+        out[where] = made
+    return out
