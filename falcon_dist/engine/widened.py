@@ -31,11 +31,11 @@ def install() -> library.Library | None:
     """Puts the products in the place of torch's, once, for the rest of this process; None: oneDNN multiplies bf16."""
     if multiplies_bf16():
         return None
-    made = library.Library("aten", "IMPL")
+    made = library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
         for name, kernel in {"mm": mm, "addmm": addmm, "bmm": bmm, "baddbmm": baddbmm}.items():
-            made.impl(name, kernel, "CPU")
+            made.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
     return made
 
 
@@ -46,14 +46,14 @@ def multiplies_bf16() -> bool:
 
 def mm(left: Tensor, right: Tensor) -> Tensor:
     """aten::mm, [M, K] @ [K, N]; torch's own kernel for other dtypes, and where widening does not pay."""
-    if not _pays(left, right):
+    if not _pays(left, right, 2):
         return _aten.mm.out(left, right, out=left.new_empty(0))  # type: ignore[no-any-return]
     return _product(left, right, lambda a, b, out, _: _aten.mm.out(a, b, out=out))
 
 
 def addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """aten::addmm, ``beta * added + alpha * left @ right``; ``added`` can be broadcast to [M, N]."""
-    if not _pays(left, right) or added.dtype != torch.bfloat16:
+    if not _pays(left, right, 2) or added.dtype != torch.bfloat16:
         out = left.new_empty(0)
         return _aten.addmm.out(added, left, right, beta=beta, alpha=alpha, out=out)  # type: ignore[no-any-return]
     whole = added.expand(left.shape[0], right.shape[1])
@@ -66,25 +66,26 @@ def addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
 
 def bmm(left: Tensor, right: Tensor) -> Tensor:
     """aten::bmm, [B, M, K] @ [B, K, N]."""
-    if not _pays(left, right):
+    if not _pays(left, right, 3):
         return _aten.bmm.out(left, right, out=left.new_empty(0))  # type: ignore[no-any-return]
     return _aten.bmm.out(left.float(), right.float(), out=torch.empty(0)).to(torch.bfloat16)  # type: ignore[no-any-return]
 
 
 def baddbmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """aten::baddbmm, ``beta * added + alpha * left @ right``; ``added`` can be broadcast to [B, M, N]."""
-    if not _pays(left, right) or added.dtype != torch.bfloat16:
+    if not _pays(left, right, 3) or added.dtype != torch.bfloat16:
         out = left.new_empty(0)
         return _aten.baddbmm.out(added, left, right, beta=beta, alpha=alpha, out=out)  # type: ignore[no-any-return]
     wide, out = (added.float(), left.float(), right.float()), torch.empty(0)
     return _aten.baddbmm.out(*wide, beta=beta, alpha=alpha, out=out).to(torch.bfloat16)  # type: ignore[no-any-return]
 
 
-def _pays(left: Tensor, right: Tensor) -> bool:
-    if left.dtype != torch.bfloat16 or right.dtype != torch.bfloat16 or left.dim() != right.dim():
+def _pays(left: Tensor, right: Tensor, dims: int) -> bool:
+    both = (left.dtype, right.dtype) == (torch.bfloat16, torch.bfloat16)
+    if not both or (left.dim(), right.dim()) != (dims, dims):
         return False
     rows, inner, columns = *left.shape[-2:], right.shape[-1]
-    return bool(rows * inner * columns >= REUSE * (rows * inner + inner * columns + rows * columns))
+    return bool(rows * inner * columns > REUSE * (rows * inner + inner * columns + rows * columns))
 
 
 def _product(

@@ -1,0 +1,137 @@
+"""Products of bf16 that are widened, against double precision and torch's own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from falcon_dist.engine import widened
+
+ROUNDED = 0.003
+"""Relative error of a product that is summed in fp32 and rounded to bf16 once."""
+
+
+def bf16(*shape: int) -> Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    assert found.dtype == torch.bfloat16
+    assert found.shape == wanted.shape
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def layouts(rows: int, inner: int, columns: int) -> list[tuple[Tensor, Tensor]]:
+    """As forward, the gradient of an input and that of a weight have them, and parts of larger matrices."""
+    return [
+        (bf16(rows, inner), bf16(columns, inner).t()),
+        (bf16(rows, inner), bf16(inner, columns)),
+        (bf16(inner, rows).t(), bf16(inner, columns)),
+        (bf16(rows, inner + 3)[:, 3:], bf16(inner, columns + 5)[:, :columns]),
+    ]
+
+
+@pytest.mark.parametrize("piece", [widened.PIECE, 1])
+@pytest.mark.parametrize("sizes", [(40, 64, 300), (300, 64, 40), (130, 70, 130)])
+def test_a_product_is_summed_in_fp32_and_rounded_once(
+    sizes: tuple[int, int, int], piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(widened, "PIECE", piece)
+    for left, right in layouts(*sizes):
+        found = widened.mm(left, right)
+        assert found.is_contiguous()
+        assert error(found, left.double() @ right.double()) < ROUNDED
+        many = widened.bmm(torch.stack([left, -left]), torch.stack([right, right]))
+        assert error(many, torch.stack([left.double() @ right.double(), -left.double() @ right.double()])) < ROUNDED
+
+
+@pytest.mark.parametrize("factors", [(1, 1), (0.5, -2), (0, 1)])
+def test_what_is_added_is_broadcast_and_weighted(factors: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(widened, "PIECE", 64 * 64)
+    beta, alpha = factors
+    left, right = bf16(200, 64), bf16(64, 90)
+    product = alpha * (left.double() @ right.double())
+    for added in (bf16(90), bf16(200, 1), bf16(200, 90), bf16()):
+        wanted = beta * added.double() + product
+        assert error(widened.addmm(added, left, right, beta=beta, alpha=alpha), wanted) < ROUNDED
+        found = widened.baddbmm(added, left.expand(3, -1, -1), right.expand(3, -1, -1), beta=beta, alpha=alpha)
+        assert error(found, wanted.expand(3, -1, -1)) < ROUNDED
+
+
+def test_nothing_is_added_where_its_factor_is_zero() -> None:
+    left, right = bf16(64, 64), bf16(64, 64)
+    nothing = torch.full((64,), torch.nan).bfloat16()
+    assert bool(widened.addmm(nothing, left, right, beta=0).isfinite().all())
+    assert bool(widened.baddbmm(nothing, left[None], right[None], beta=0).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (torch.randn(64, 64), torch.randn(64, 64)),
+        (torch.randn(64, 64).double(), torch.randn(64, 64).double()),
+        (torch.randint(9, (64, 64)), torch.randint(9, (64, 64))),
+        (bf16(1, 64), bf16(64, 640)),
+        (bf16(0, 64), bf16(64, 64)),
+        (bf16(64, 0), bf16(0, 64)),
+        (bf16(0, 0), bf16(0, 0)),
+    ],
+    ids=["fp32", "fp64", "int64", "one row", "no rows", "no inner", "nothing"],
+)
+def test_all_else_is_torchs_own(pair: tuple[Tensor, Tensor]) -> None:
+    left, right = pair
+    added = torch.ones(right.shape[1], dtype=left.dtype)
+    assert torch.equal(widened.mm(left, right), torch.mm(left, right))
+    assert torch.equal(widened.addmm(added, left, right), torch.addmm(added, left, right))
+    assert torch.equal(widened.bmm(left[None], right[None]), torch.bmm(left[None], right[None]))
+    assert torch.equal(widened.baddbmm(added, left[None], right[None]), torch.baddbmm(added, left[None], right[None]))
+
+
+@pytest.mark.parametrize(
+    "pair", [(bf16(64, 64), bf16(65, 64)), (bf16(64, 64), torch.randn(64, 64)), (bf16(64), bf16(64))]
+)
+def test_what_torch_refuses_is_refused(pair: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises((RuntimeError, IndexError)):
+        widened.mm(*pair)
+    with pytest.raises((RuntimeError, IndexError)):
+        widened.addmm(bf16(64), *pair)
+    with pytest.raises((RuntimeError, IndexError)):
+        widened.bmm(*(x[None] for x in pair))
+    with pytest.raises((RuntimeError, IndexError)):
+        widened.baddbmm(bf16(64), *(x[None] for x in pair))
+
+
+INSTALLED = """
+import torch
+from falcon_dist.engine import widened
+widened.multiplies_bf16 = lambda: {multiplies}
+assert (widened.install() is None) == {multiplies}
+assert widened.install() is widened.install()
+seen = []
+widened._pays = lambda *asked, pays=widened._pays: seen.append(asked) or pays(*asked)
+layer = torch.nn.Linear(96, 128, dtype=torch.bfloat16)
+x = torch.randn(64, 96).bfloat16().requires_grad_()
+layer(x).square().sum().backward()
+with torch.autocast("cpu", torch.bfloat16):
+    torch.nn.Linear(96, 128, bias=False)(torch.randn(64, 96))
+torch.nn.functional.scaled_dot_product_attention(*(torch.randn(2, 4, 32, 64).bfloat16() for _ in "qkv"))
+wanted = (x.float() @ layer.weight.float().t() + layer.bias.float()).bfloat16()
+torch.testing.assert_close(layer(x), wanted, rtol=0.02, atol=0.02)
+print(len(seen), x.grad.isfinite().all().item(), layer.weight.grad.shape == layer.weight.shape)
+"""
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_installed_it_serves_layers_gradients_and_autocast(multiplies: bool) -> None:
+    program = [sys.executable, "-c", INSTALLED.format(multiplies=multiplies)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    seen, *right = done.stdout.split()
+    assert right == ["True", "True"]
+    assert int(seen) == 0 if multiplies else int(seen) >= 6
