@@ -153,10 +153,14 @@ def step_seconds(run: Path) -> list[float]:
 
 
 def gemm_flops() -> float:
-    """Floating point operations a second of a 4096^3 bf16 product, the best of five, in a process of its own."""
+    """Floating point operations a second of a 4096^3 product, the best of five, in a process of its own.
+
+    Of bf16, or of fp32 on processors that do not multiply bf16.
+    """
     code = (
         "import time, torch\n"
-        "a, b = (torch.randn(4096, 4096).bfloat16() for _ in range(2))\n"
+        "from falcon_dist.engine.peak import multiplied_in\n"
+        "a, b = (torch.randn(4096, 4096).to(multiplied_in('bf16')) for _ in range(2))\n"
         "a @ b\n"
         "best = 1e9\n"
         "for _ in range(5):\n"

@@ -15,7 +15,8 @@ from peft import LoraConfig
 from transformers import Trainer
 from trl import SFTTrainer
 
-from falcon_dist.config import LoopConfig, TrainConfig
+from falcon_dist.config import LoopConfig, Precision, TrainConfig
+from falcon_dist.engine import widened
 from falcon_dist.engine.attention import SEGMENTS, register
 from falcon_dist.engine.form import TrainingForm, choose
 from falcon_dist.engine.peak import step_flops
@@ -47,8 +48,9 @@ def main() -> None:
     config = TrainConfig(loop=LoopConfig(micro_batch=rows, max_steps=10_000), strategy=strategy)  # type: ignore[arg-type]
     schedule = plan_schedule(config.loop, num_rows=step_rows.ROWS, world_size=1, seed=0)
     with tempfile.TemporaryDirectory() as folder:
+        precision: Precision = "fp32" if way == "stock-fp32" else "bf16" if way == "ours" else "bf16-autocast"
         make = our_trainer if way == "ours" else stock_trainer
-        trainer = make(config, schedule, shape, length, folder)
+        trainer = make(replace(config, precision=precision), schedule, shape, length, folder)
         form = getattr(trainer, "form", None)
         with form.training() if form else nullcontext():
             step_rows.run(trainer, flops_per_token=step_flops(trainer.model))
@@ -64,6 +66,7 @@ def make_part(shape: str, length: int) -> Part:
 def our_trainer(config: TrainConfig, schedule: Schedule, shape: str, length: int, folder: str) -> Any:
     """As falcon_dist.train puts it together: bf16 weights, fp32 masters, segment attention, chunked head."""
     register()
+    widened.install()
     model, clock = step_rows.make_model(shape, SEGMENTS, "bfloat16"), StepClock()
     strategy = make_strategy(config, World())
     strategy.ready(model)
@@ -85,13 +88,12 @@ def our_trainer(config: TrainConfig, schedule: Schedule, shape: str, length: int
 
 
 def stock_trainer(config: TrainConfig, schedule: Schedule, shape: str, length: int, folder: str) -> Any:
-    """SFTTrainer, fp32 weights under bf16 autocast, sdpa with the packed mask, fused AdamW, transformers' own loss."""
+    """SFTTrainer, fp32 weights, sdpa with the packed mask, fused AdamW, transformers' own loss."""
     model = step_rows.make_model(shape, "sdpa", "float32")
     adapters = LoraConfig(r=16, lora_alpha=32, target_modules=list(ATTENTION_LAYERS[model.config.model_type]))
-    autocast = replace(config, precision="bf16-autocast")
     return PlainLoss(
         model=model,
-        args=trainer_settings(autocast, schedule, 0, folder, optim="adamw_torch_fused"),
+        args=trainer_settings(config, schedule, 0, folder, optim="adamw_torch_fused"),
         train_dataset=row_stream(schedule, 0),
         data_collator=RowCollator(make_part(shape, length), Masking.of(model), StepClock()),
         processing_class=step_rows.make_tokenizer(),

@@ -44,6 +44,11 @@ def gemm_gflops(dtype: torch.dtype, side: int = SIDE, budget_s: float = BUDGET_S
     return 2 * side**3 / statistics.median(seconds) / 1e9
 
 
+def multiplied_in(precision: Precision) -> torch.dtype:
+    """What products of a run of this precision are computed in on this processor, see widened.py."""
+    return torch.bfloat16 if precision != "fp32" and multiplies_bf16() else torch.float32
+
+
 def step_flops(model: PreTrainedModel) -> int:
     """Floating-point operations a token of one training step: forward, and backward to activations and weights.
 
@@ -58,11 +63,10 @@ def step_flops(model: PreTrainedModel) -> int:
 
 def gauge(model: PreTrainedModel, precision: Precision) -> tuple[Gauge, list[str]]:
     """Measures this rank's peak in the dtype it multiplies in; with lines for the person watching."""
-    widened = precision != "fp32" and not multiplies_bf16()
-    fp32 = precision == "fp32" or widened
-    gflops = gemm_gflops(torch.float32 if fp32 else torch.bfloat16)
+    dtype = multiplied_in(precision)
+    gflops, fp32 = gemm_gflops(dtype), dtype == torch.float32
     lines = [f"GEMM peak of a rank: {gflops:,.0f} GFLOP/s in {'fp32' if fp32 else 'bf16'}"]
-    if widened:
+    if fp32 and precision != "fp32":
         lines.append(WIDENED)
     if not fp32 and (warning := slow_bf16(gflops, gemm_gflops(torch.float32, SIDE // 2, 0.0))):
         lines.append(warning)

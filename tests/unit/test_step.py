@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from falcon_dist.config import LoopConfig
 from falcon_dist.contract import UnsoundError, UserError
+from falcon_dist.engine import peak
 from falcon_dist.engine.adamw import PIECE, MasterAdamW
 from falcon_dist.engine.peak import Gauge, gemm_gflops, slow_bf16, step_flops
 from falcon_dist.order import plan_schedule
@@ -61,6 +62,16 @@ def test_share_of_the_peak() -> None:
     assert 0 < gemm_gflops(torch.float32, side=64, budget_s=0.0) < math.inf
     assert slow_bf16(200, 100) is None
     assert "bf16 is slower than fp32 on this processor: 40 against 100 GFLOP/s" in str(slow_bf16(40, 100))
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_the_peak_is_of_what_is_multiplied(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak, "multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr(peak, "gemm_gflops", lambda dtype, *_: {torch.float32: 100.0, torch.bfloat16: 300.0}[dtype])
+    found, lines = peak.gauge(make_model(llama()), "bf16")
+    assert (found.gflops, peak.WIDENED in lines) == ((300, False) if multiplies else (100, True))
+    found, lines = peak.gauge(make_model(llama()), "fp32")
+    assert (found.gflops, lines) == (100, ["GEMM peak of a rank: 100 GFLOP/s in fp32"])
 
 
 def soundness(world_size: int = 2) -> Soundness:
