@@ -84,7 +84,7 @@ def _shown_kernel(told: Mapping[str, Any]) -> str:
     if "bf16_kernel" not in told:
         return "-"
     kernel: str | None = told["bf16_kernel"]
-    return f"{instruction_set(kernel)}: {kernel or 'no kernel told'}"
+    return f"{instruction_set(kernel)}: {kernel or 'bf16 is widened to fp32'}"
 
 
 def _shown_reduction(told: Mapping[str, Any]) -> str:
