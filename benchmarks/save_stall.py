@@ -6,7 +6,7 @@ Real training of the demo model, each rank pinned to one allowed cpu, which its 
 are of one run, in turns. Before each save every rank copies the whole state that it holds, into memory that it has
 already: "copy". A save interval begins with a save; its last steps, when the checkpoint is committed, are what a step
 takes without one. The first save, which takes the memory for the copies, is told apart. Then a process on one cpu reads
-the last checkpoint as a resumed run does, in turns with the sha256 of as many bytes that stay in its cache.
+the last checkpoint as a resumed run does, in turns with the hash of as many bytes that stay in its cache.
 """
 
 from __future__ import annotations
@@ -126,17 +126,15 @@ def watch(found: dict[str, list[Any]]) -> None:
 
 
 def load(folder: Path) -> int:
-    """New memory, a checkpoint read as on resume, and its bytes' sha256, in turns; prints seconds of each, and bytes.
+    """New memory, a checkpoint read as on resume, and its bytes' hash, in turns; prints seconds of each, and bytes.
 
     A virtual machine's new memory may be its host's to hand out first, at a third of the speed of reading and
     hashing; what was just given back is there. So memory is taken first, by itself.
     """
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    import hashlib
-
     import torch
 
-    from falcon_dist import checkpoint, tensor_file, train_state
+    from falcon_dist import checkpoint, digest, tensor_file, train_state
 
     torch.set_num_threads(1)
     newest = checkpoint.newest_verified(folder / "checkpoints").newest
@@ -154,9 +152,9 @@ def load(folder: Path) -> int:
         verified = time.perf_counter()
         train_state.load(newest.path, kept)
         loaded = time.perf_counter()
-        digest = hashlib.sha256()
+        hashed = digest.hasher()
         for _ in range(total // CHUNK):
-            digest.update(chunk)
+            hashed.update(chunk)
         ended = time.perf_counter()
         times.append([verified - began, loaded - verified, ended - loaded, began - asked])
     print(json.dumps({"bytes": total, "times": times}))
@@ -178,7 +176,7 @@ def tell(flags: argparse.Namespace, ranks: Sequence[Mapping[str, Any]], loads: M
         "slower": max(middle(one["slower"] for one in turn) for turn in later),
         "commit_share": max(one["commit_share"] for turn in turns for one in turn),
     }
-    verify, _, digest, new = (middle(loads["bytes"] / row[at] for row in loads["times"]) / 1e9 for at in range(4))
+    verify, _, hashed, new = (middle(loads["bytes"] / row[at] for row in loads["times"]) / 1e9 for at in range(4))
     whole = middle(loads["bytes"] / (row[0] + row[1]) for row in loads["times"]) / 1e9
     rows = [
         ("copy of the state on a rank", f"{worst['copy_s']:.3f} s of {turns[0][0]['bytes'] / 1e9:.2f} GB", ""),
@@ -194,13 +192,13 @@ def tell(flags: argparse.Namespace, ranks: Sequence[Mapping[str, Any]], loads: M
         ("committed after, of the interval", f"{worst['commit_share']:.0%}", "below 100%"),
         ("verified load, one core", f"{whole:.2f} GB/s", f"at least {LOAD_TARGET:g} GB/s"),
         ("  of it: manifest, sizes, small files", f"{1e3 * loads['bytes'] / verify / 1e9:.0f} ms", ""),
-        ("  sha256 of memory", f"{digest:.2f} GB/s", ""),
+        ("  hash of memory", f"{hashed:.2f} GB/s", ""),
         ("  new memory, before it", f"{new:.2f} GB/s", ""),
     ]
     for name, value, target in rows:
         print(f"{name:<45}{value:<40}{target}")
     facts = {"ranks": flags.ranks, "every": flags.every, "tokens": flags.tokens, "load": round(os.getloadavg()[0], 2)}
-    figures = {**worst, "load_gb_s": whole, "sha256_gb_s": digest, "new_memory_gb_s": new}
+    figures = {**worst, "load_gb_s": whole, "hash_gb_s": hashed, "new_memory_gb_s": new}
     print(json.dumps(facts | {name: round(value, 4) for name, value in figures.items()}), flush=True)
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: their folder, the atomic commit, verification, and which one to resume from.
 
 A checkpoint ``step-000500/`` is what plain transformers loads, and ``train_state/`` beside it, all listed with
-size and sha256 in ``manifest.json``, which ends with a sha256 of its own. It is made in a temporary folder, synced to
+size and hash in ``manifest.json``, which ends with a sha256 of its own. It is made in a temporary folder, synced to
 disk and renamed: a folder of the final name is complete. Only safetensors and JSON, never pickle.
 """
 
@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from safetensors import SafetensorError
 
+from falcon_dist import digest
 from falcon_dist.contract import UserError
 from falcon_dist.tensor_file import Told
 
@@ -102,7 +103,7 @@ def commit(partial: Path, final: Path, facts: Mapping[str, Any], told: Mapping[s
 
 def _write_manifest(folder: Path, facts: Mapping[str, Any], told: Mapping[str, Told]) -> None:
     names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-    files = {name: (told[name] if name in told else _synchronised(folder / name))._asdict() for name in names}
+    files = {name: entry(told[name] if name in told else _synchronised(folder / name)) for name in names}
     if missing := set(told) - set(files):
         raise FileNotFoundError(errno.ENOENT, f"{min(missing)} has gone", str(folder))
     for sub in {folder, *(f for f in folder.rglob("*") if f.is_dir())}:
@@ -116,8 +117,20 @@ def _write_manifest(folder: Path, facts: Mapping[str, Any], told: Mapping[str, T
 def manifest_text(facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> str:
     """What a checkpoint tells of its run and of every file, under a sha256 of that; Pure."""
     told = json.loads(json.dumps({"facts": facts, "files": files}))
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**told, "sha256": digest}, indent=1, sort_keys=True) + "\n"
+    own = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**told, "sha256": own}, indent=1, sort_keys=True) + "\n"
+
+
+def entry(told: Told) -> dict[str, Any]:
+    """A file in a manifest: {"bytes": 1024, "blake3": "..."}; Pure."""
+    return {"bytes": told.bytes, told.kind: told.hash}
+
+
+def _told(values: Mapping[str, Any]) -> Told:
+    """Of an entry; raises ValueError or KeyError for anything else."""
+    (kind,) = values.keys() - {"bytes"}
+    digest.hasher(kind)
+    return Told(values["bytes"], values[kind], kind)
 
 
 def _synchronised(path: Path) -> Told:
@@ -125,9 +138,9 @@ def _synchronised(path: Path) -> Told:
     return told_of(path)
 
 
-def told_of(path: Path) -> Told:
+def told_of(path: Path, kind: str = digest.KIND) -> Told:
     """A file as it is."""
-    return Told(path.stat().st_size, file_sha256(path))
+    return Told(path.stat().st_size, digest.of_file(path, kind), kind)
 
 
 def _sync(path: Path) -> None:
@@ -136,12 +149,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, Told]]:
@@ -156,10 +163,10 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, Told]]:
         facts, files = manifest["facts"], manifest["files"]
         if text != manifest_text(facts, files).encode() or not isinstance(facts["step"], int):
             raise DamagedError(f"{MANIFEST} is damaged")
-        return facts, {name: Told(**told) for name, told in files.items()}
+        return facts, {name: _told(told) for name, told in files.items()}
     except OSError as error:
         raise DamagedError(f"{MANIFEST} is missing") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{MANIFEST} is damaged") from error
 
 
@@ -184,20 +191,20 @@ def fault_of(path: Path, *, tensors: bool = True) -> str | None:
 
 
 def file_fault(folder: Path, name: str, told: Told, hashed: bool = True) -> str | None:
-    """Why a file of a checkpoint is not what was written, by its size and, where asked for, its sha256."""
+    """Why a file of a checkpoint is not what was written, by its size and, where asked for, its hash."""
     file = folder / name
     if not file.is_file():
         return f"{name} is missing"
     if file.stat().st_size != told.bytes:
         return f"{name} has {file.stat().st_size} bytes, not {told.bytes}"
-    if hashed and file_sha256(file) != told.sha256:
-        return other_bytes(name)
+    if hashed and digest.of_file(file, told.kind) != told.hash:
+        return other_bytes(name, told)
     return None
 
 
-def other_bytes(name: str) -> str:
+def other_bytes(name: str, told: Told) -> str:
     """What is said of a file whose size is right."""
-    return f"{name} is not what was written (sha256 differs)"
+    return f"{name} is not what was written ({told.kind} differs)"
 
 
 @dataclass(frozen=True, slots=True)

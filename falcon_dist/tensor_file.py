@@ -7,7 +7,6 @@ that saves would stop the one that trains. The format is a JSON header and the r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import mmap
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
 import torch
+
+from falcon_dist import digest
 
 DTYPES: Final = {
     torch.float64: "F64",
@@ -32,7 +33,7 @@ DTYPES: Final = {
 }
 KINDS: Final = {name: dtype for dtype, name in DTYPES.items()}
 CHUNK_BYTES: Final = 256 << 10
-"""Stays in a core's own cache between its copy and its hash: sha256 of what comes from memory takes twice as long."""
+"""Stays in a core's own cache between its copy and its hash."""
 _ALIGNMENT: Final = 8
 _LINE_BYTES: Final = 64
 """Tensors begin on a cache line of their own."""
@@ -42,7 +43,10 @@ class Told(NamedTuple):
     """A file as it was written."""
 
     bytes: int
-    sha256: str
+    hash: str
+    """Hex."""
+    kind: str = digest.KIND
+    """What it is hashed by, of digest.KINDS."""
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], values: Iterable[torch.Tensor] | None = None) -> Told:
@@ -53,21 +57,21 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], values: Iterable[torc
     Raises:
         OSError: the disk is full or cannot be written.
     """
-    digest = hashlib.sha256()
+    hashed = digest.hasher()
     with path.open("wb", buffering=0) as file:
-        size = _put(file, memoryview(_header(tensors)), digest)
+        size = _put(file, memoryview(_header(tensors)), hashed)
         for tensor in tensors.values() if values is None else values:
-            size += _put(file, bytes_of(tensor.detach().contiguous()), digest)
+            size += _put(file, bytes_of(tensor.detach().contiguous()), hashed)
         os.fsync(file.fileno())
-    return Told(size, digest.hexdigest())
+    return Told(size, hashed.hexdigest())
 
 
-def _put(file: BinaryIO, data: memoryview, digest: Any) -> int:
+def _put(file: BinaryIO, data: memoryview, hashed: Any) -> int:
     for start in range(0, len(data), CHUNK_BYTES):
         whole = chunk = data[start : start + CHUNK_BYTES]
         while chunk:
             chunk = chunk[file.write(chunk) :]
-        digest.update(whole)
+        hashed.update(whole)
     return len(data)
 
 
@@ -116,28 +120,28 @@ def names_in(path: Path) -> list[str]:
         return list(reading.header)
 
 
-def read_into(path: Path, targets: Mapping[str, torch.Tensor]) -> Told:
-    """Fills the targets, which the file must hold exactly, and tells what was read.
+def read_into(path: Path, targets: Mapping[str, torch.Tensor], kind: str = digest.KIND) -> Told:
+    """Fills the targets, which the file must hold exactly, and tells what was read, hashed as ``kind`` says.
 
     What was read is to be compared with what was written before the targets are used.
 
     Raises:
         ValueError: names, shapes or dtypes are others; the targets may be half filled.
     """
-    with _Reading(path) as reading:
+    with _Reading(path, kind) as reading:
         _check_names(reading.header, targets)
         for name, told in reading.in_order():
             reading.fill(name, told, targets[name])
         return reading.told()
 
 
-def read(path: Path) -> tuple[dict[str, torch.Tensor], Told]:
+def read(path: Path, kind: str = digest.KIND) -> tuple[dict[str, torch.Tensor], Told]:
     """All tensors of a file, and what was read; see ``read_into``.
 
     Raises:
         ValueError: it is no such file.
     """
-    with _Reading(path) as reading:
+    with _Reading(path, kind) as reading:
         tensors = empty({name: (told["shape"], KINDS[told["dtype"]]) for name, told in reading.in_order()})
         for name, told in reading.in_order():
             reading.fill(name, told, tensors[name])
@@ -147,9 +151,9 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], Told]:
 class _Reading:
     """A file that is being read from its start to its end."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: str = digest.KIND) -> None:
         self._file = path.open("rb", buffering=0)
-        self._digest = hashlib.sha256()
+        self._kind, self._hashed = kind, digest.hasher(kind)
         self._done = 0
 
     def __enter__(self) -> _Reading:
@@ -160,7 +164,7 @@ class _Reading:
         self._file.close()
 
     def told(self) -> Told:
-        return Told(self._done, self._digest.hexdigest())
+        return Told(self._done, self._hashed.hexdigest(), self._kind)
 
     def in_order(self) -> list[tuple[str, dict[str, Any]]]:
         return sorted(self.header.items(), key=lambda item: item[1]["data_offsets"])
@@ -195,7 +199,7 @@ class _Reading:
             count = self._file.readinto(into[:CHUNK_BYTES])
             if not count:
                 raise ValueError("it ends too early")
-            self._digest.update(into[:count])
+            self._hashed.update(into[:count])
             self._done += count
             into = into[count:]
 

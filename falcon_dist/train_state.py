@@ -132,8 +132,12 @@ def optimizer_steps(folder: Path) -> int:
     _, files = checkpoint.read_manifest(folder)
     if COUNTERS not in files:
         raise UserError(f'--resume: "{folder}" has no optimizer state; it was saved with checkpoint.optimizer=false')
-    counters = _read(folder, COUNTERS, files[COUNTERS], lambda path: (json.loads(path.read_bytes()), told_of(path)))
+    counters = _read(folder, COUNTERS, files[COUNTERS], _counters)
     return int(counters["optimizer_steps"])
+
+
+def _counters(path: Path, kind: str) -> tuple[dict[str, int], Told]:
+    return json.loads(path.read_bytes()), told_of(path, kind)
 
 
 def optimizer_parts(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
@@ -143,16 +147,16 @@ def optimizer_parts(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
         yield _read(folder, name, files[name], tensor_file.read)
 
 
-def _read(folder: Path, name: str, told: Told, read: Callable[[Path], tuple[T, Told]]) -> T:
-    """What ``read`` makes of a file, whose bytes have to be those that were written."""
+def _read(folder: Path, name: str, told: Told, read: Callable[[Path, str], tuple[T, Told]]) -> T:
+    """What ``read`` makes of a file and its kind of hash; its bytes have to be those that were written."""
     try:
-        content, found = read(folder / name)
+        content, found = read(folder / name, told.kind)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
         if fault := checkpoint.file_fault(folder, name, told):
             raise DamagedError(fault) from error
         raise UserError(f'--resume: "{folder / name}" cannot be used: {error}') from error
     if found != told:
-        raise DamagedError(checkpoint.other_bytes(name))
+        raise DamagedError(checkpoint.other_bytes(name, told))
     return content
 
 
@@ -162,11 +166,11 @@ def fill(folder: Path, kept: Kept) -> None:
     _, files = checkpoint.read_manifest(folder)
     missing = dict(kept.weights)
 
-    def take(path: Path) -> tuple[None, Told]:
+    def take(path: Path, kind: str) -> tuple[None, Told]:
         names = tensor_file.names_in(path)
         if odd := sorted(set(names) - set(missing)):
             raise ValueError(f'weights do not fit the model: unexpected "{odd[0]}"')
-        return None, tensor_file.read_into(path, {name: missing.pop(name) for name in names})
+        return None, tensor_file.read_into(path, {name: missing.pop(name) for name in names}, kind)
 
     for name in sorted(name for name in files if name.startswith(kept.stem) and name.endswith(TENSORS)):
         _read(folder, name, files[name], take)

@@ -89,6 +89,6 @@ def step_records(run: Path, attempt: int = 1) -> dict[int, dict[str, Any]]:
 
 
 def weights_digest(checkpoint: Path, names: Sequence[str] = ("model-", "train_state/optimizer-")) -> dict[str, str]:
-    """sha256 of every weights and optimizer file, from the manifest."""
+    """Hash of every weights and optimizer file, from the manifest."""
     files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    return {name: told["sha256"] for name, told in files.items() if name.startswith(tuple(names))}
+    return {name: told["blake3"] for name, told in files.items() if name.startswith(tuple(names))}

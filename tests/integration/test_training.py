@@ -220,7 +220,7 @@ def test_corrupted_newest_checkpoint_is_refused_and_the_one_before_is_taken(two_
     shard.write_bytes(data)
     again = launch(tmp_path, "--nproc-per-node", "2", "--resume", "r")
     assert again.returncode == 0, again.stderr
-    assert f"refused {last}: {shard.name} is not what was written (sha256 differs)" in again.stdout
+    assert f"refused {last}: {shard.name} is not what was written (blake3 differs)" in again.stdout
     assert "step-000006" in again.stdout
     assert checkpoint.fault_of(last) is None
     assert weights_digest(last) == digests

@@ -108,7 +108,7 @@ def copy_run(prepared: Path, run: Path) -> Path:
 
 
 def final_weights(run: Path) -> Mapping[str, str]:
-    """sha256 of every file of weights and optimizer of the last step."""
+    """Hash of every file of weights and optimizer of the last step."""
     last = run / "checkpoints" / checkpoint.folder_name(STEPS)
     assert checkpoint.fault_of(last) is None
     found = weights_digest(last, WEIGHTS)

@@ -87,7 +87,26 @@ def test_one_flipped_bit_is_caught_and_named(tmp_path: Path, name: str) -> None:
     choice = checkpoint.newest_verified(tmp_path)
     assert choice.newest is not None
     assert choice.newest.step == 1
-    assert choice.refused == ((newer, f"{name} is not what was written (sha256 differs)"),)
+    assert choice.refused == ((newer, f"{name} is not what was written (blake3 differs)"),)
+
+
+def test_a_checkpoint_of_before_is_known_by_sha256(tmp_path: Path) -> None:
+    older = commit(tmp_path, 1)
+    facts, files = checkpoint.read_manifest(older)
+    entries = {name: checkpoint.entry(checkpoint.told_of(older / name, "sha256")) for name in files}
+    assert all(set(entry) == {"bytes", "sha256"} for entry in entries.values())
+    (older / checkpoint.MANIFEST).write_text(checkpoint.manifest_text(facts, entries))
+    assert checkpoint.fault_of(older) is None
+    flip_bit(older / "model.safetensors")
+    assert checkpoint.fault_of(older) == "model.safetensors is not what was written (sha256 differs)"
+
+
+@pytest.mark.parametrize("odd", [{"bytes": 1}, {"bytes": 1, "md5": "a"}, {"bytes": 1, "blake3": "a", "sha256": "b"}, 7])
+def test_an_entry_of_another_form_is_damage(tmp_path: Path, odd: object) -> None:
+    made = commit(tmp_path, 1)
+    facts, _ = checkpoint.read_manifest(made)
+    (made / checkpoint.MANIFEST).write_text(checkpoint.manifest_text(facts, {"model.safetensors": odd}))
+    assert checkpoint.fault_of(made) == "manifest.json is damaged"
 
 
 def test_who_reads_tensors_next_has_only_their_size_verified(tmp_path: Path) -> None:

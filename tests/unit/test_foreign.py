@@ -125,7 +125,7 @@ def sign(path: Path) -> None:
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     for name in manifest["files"]:
         file = path / name
-        manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": checkpoint.file_sha256(file)}
+        manifest["files"][name] = checkpoint.entry(checkpoint.told_of(file))
     (path / checkpoint.MANIFEST).write_text(checkpoint.manifest_text(manifest["facts"], manifest["files"]))
 
 
