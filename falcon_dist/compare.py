@@ -23,7 +23,7 @@ from falcon_dist.masking import uses_alibi
 from falcon_dist.monitor import prompts_of, read_prompts
 from falcon_dist.prepare import find_model
 from falcon_dist.process_group import open_group
-from falcon_dist.rows import PackedStore
+from falcon_dist.rows import NO_ROWS, Part
 from falcon_dist.settings import read_config
 from falcon_dist.sources import trained_on
 from falcon_dist.world import World
@@ -47,6 +47,8 @@ class Comparison:
     data: str | None
     """What the rows were made of."""
     rows: int
+    of_rows: int
+    """Rows there are."""
     base: Side
     tuned: Side
 
@@ -67,7 +69,7 @@ class Comparison:
             }
             for name, side in zip(SIDES, (self.base, self.tuned), strict=True)
         }
-        return {"data": self.data, "rows": self.rows, "gain": self.gain, **sides}
+        return {"data": self.data, "rows": self.rows, "of_rows": self.of_rows, "gain": self.gain, **sides}
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -78,6 +80,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     flag("tuned", help="a checkpoint folder")
     flag("--config", type=Path, help="config.json of a run, for data and prompts (default: the run TUNED is of)")
     flag("--data", metavar="NAME", help="held-out data instead: a file, folder or hub name, all of it")
+    flag("--rows", type=int, metavar="N", help="only the first N held-out rows: less sure, and sooner there")
     flag("--prompt", action="append", default=[], metavar="TEXT", help="a prompt for both; may be given again")
     flag("--prompts", type=Path, metavar="FILE", help="prompts for both")
     flag("--max-length", type=int, default=48, help="longest answer in tokens (48)")
@@ -94,23 +97,25 @@ def compare(argv: Sequence[str]) -> int:
         UserError: a model or the data cannot be used, or there is nothing to compare on.
     """
     args = parse_args(argv)
-    if args.max_length < 1:
-        raise UserError(f'falcon compare: --max-length must be at least 1: "{args.max_length}"')
+    for name, value in (("--max-length", args.max_length), ("--rows", args.rows)):
+        if value is not None and value < 1:
+            raise UserError(f'falcon compare: {name} must be at least 1: "{value}"')
     config = _settings(args)
     prompts = (*args.prompt, *(read_prompts(args.prompts) if args.prompts else prompts_of(config.evaluate)))
     models = [_model(name, config) for name in (args.base, args.tuned)]
-    store = _rows(config, models)
-    if not prompts and not (store and len(store.evaluation)):
+    whole = _rows(config, models)
+    part = whole.first(args.rows or len(whole))
+    if not prompts and not len(part):
         raise UserError(
             f'falcon compare: nothing to compare on: "{args.tuned}" is of no run with held-out rows; '
             "give --data or --prompt"
         )
     with open_group(World(), {}):
-        base, tuned = (_side(model, args, store, prompts, config.data.template) for model in models)
-    rows = len(store.evaluation) if store else 0
+        base, tuned = (_side(model, args, part, prompts, config.data.template) for model in models)
     found = Comparison(
-        data=(config.data.eval_name or ", ".join(trained_on(config.data))) if rows else None,
-        rows=rows,
+        data=(config.data.eval_name or ", ".join(trained_on(config.data))) if len(part) else None,
+        rows=len(part),
+        of_rows=len(whole),
         base=base,
         tuned=tuned,
     )
@@ -138,22 +143,22 @@ def _model(name: str, config: TrainConfig) -> ModelConfig:
     return ModelConfig(name=name, revision=config.model.revision if name == config.model.name else None)
 
 
-def _rows(config: TrainConfig, models: Sequence[ModelConfig]) -> PackedStore | None:
+def _rows(config: TrainConfig, models: Sequence[ModelConfig]) -> Part:
     """The held-out rows, in the tokens of the base model; a record a row where packed ones would see each other."""
     if not any(trained_on(config.data)):
-        return None
+        return NO_ROWS
     data = config.data
     if any(uses_alibi(load_config(find_model(model), model)) for model in models):
         data = dataclasses.replace(data, packing="off")
     tokenizer = load_tokenizer(find_model(models[0]), models[0])
     set_template(tokenizer, data.template)
-    return prepare_rows(data, tokenizer)
+    return prepare_rows(data, tokenizer).evaluation
 
 
 def _side(
     config: ModelConfig,
     args: argparse.Namespace,
-    store: PackedStore | None,
+    part: Part,
     prompts: Sequence[str],
     template: str | None,
 ) -> Side:
@@ -161,7 +166,7 @@ def _side(
     tokenizer = load_tokenizer(place, config)
     set_template(tokenizer, template)
     model = load_model(place, config, args.precision).eval()
-    measured = held_out(model, store.evaluation, World(), args.precision) if store and len(store.evaluation) else None
+    measured = held_out(model, part, World(), args.precision) if len(part) else None
     sampling = Sampling(max_new_tokens=args.max_length)
     return Side(
         model=config.name, held_out=measured, answers={p: answer(model, tokenizer, p, sampling) for p in prompts}
@@ -177,7 +182,8 @@ def as_text(found: Comparison) -> str:
     """For a terminal: figures, then each prompt with its answers in two columns."""
     lines = [f"{name + ':':6} {side.model}" for name, side in zip(SIDES, (found.base, found.tuned), strict=True)]
     if found.gain is not None:
-        lines.append(f"held-out, {found.rows:,} rows of {found.data}:")
+        rows = f"{found.rows:,}" if found.rows == found.of_rows else f"the first {found.rows:,} of {found.of_rows:,}"
+        lines.append(f"held-out, {rows} rows of {found.data}:")
         lines += [f"  {n + ':':6} {s.held_out}" for n, s in zip(SIDES, (found.base, found.tuned), strict=True)]
         lines.append(f"  gain:  {_gain_text(found)}")
     width = max(24, (min(shutil.get_terminal_size().columns, 160) - 3) // 2)

@@ -59,9 +59,16 @@ class Part:
             "labels": torch.from_numpy(labels),
         }
 
+    def first(self, count: int) -> Part:
+        """Its first rows, all where it has no more."""
+        return Part(self.tokens[:count], self.records[:count], self.mask[:count])
+
     def count_tokens(self, rows: list[int]) -> int:
         """Tokens in these rows, padding left out."""
         return int((self.records[[row for row in rows if row >= 0]] != NO_RECORD).sum())
+
+
+NO_ROWS: Final = Part(np.zeros((0, 1), np.int32), np.zeros((0, 1), np.int32), np.zeros((0, 1), np.uint8))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 oneDNN multiplies bf16 where there is AVX-512 or more. On others (EPYC before its fourth generation, Xeon before
 Skylake) torch is left with loops of its own, at a hundredth of the rate of fp32 (docs/engine.md). The products here
 have the same inputs, the same fp32 sums and the same rounding; they go through torch's own fp32 kernels, a piece of
-the larger operand at a time, so that what is widened stays in the cache.
+the larger operand at a time, so that what is widened stays in the cache. Memory for it is taken once a thread and kept.
 
 They are put in the place of torch's CPU kernels for four operators, in this process, so that whatever multiplies
 gains: layers, attention, gradients, adapters, DeepSpeed.
@@ -11,8 +11,10 @@ gains: layers, attention, gradients, adapters, DeepSpeed.
 
 from __future__ import annotations
 
+import math
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Final
 
@@ -20,10 +22,13 @@ import torch
 from torch import Tensor, library
 
 PIECE: Final = 1 << 21
-"""Numbers of the larger operand that are widened at once: 8 MiB in fp32."""
+"""Numbers of the larger operand that are widened at once, and of the result they make: 8 MiB in fp32."""
+MULTIPLE: Final = 64
+"""Rows or columns of a piece, at least."""
 REUSE: Final = 8
 """Products a number of operands and result, from which widening pays: a row or a few are faster as they are."""
 _aten = torch.ops.aten
+_kept = threading.local()
 
 
 @cache
@@ -44,6 +49,17 @@ def multiplies_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def kept_bytes(rows: int, matrices: Sequence[Sequence[int]]) -> int:
+    """The most that a thread keeps for products of ``rows`` tokens with [N, K] matrices and for their gradients."""
+    if multiplies_bf16():
+        return 0
+    whole = max(
+        max(min(rows, outer) * inner, min(rows, inner) * outer, min(outer, inner) * rows) for outer, inner in matrices
+    )
+    longest = max(rows, *(side for matrix in matrices for side in matrix))
+    return 4 * (whole + 2 * max(PIECE, MULTIPLE * longest))
+
+
 def mm(left: Tensor, right: Tensor) -> Tensor:
     """aten::mm, [M, K] @ [K, N]; torch's own kernel for other dtypes, and where widening does not pay."""
     if not _pays(left, right, 2):
@@ -59,7 +75,7 @@ def addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
     whole = added.expand(left.shape[0], right.shape[1])
 
     def piece(a: Tensor, b: Tensor, out: Tensor, where: tuple[slice, slice]) -> None:
-        _aten.addmm.out(whole[where].float(), a, b, beta=beta, alpha=alpha, out=out)
+        _aten.addmm.out(out.copy_(whole[where]), a, b, beta=beta, alpha=alpha, out=out)
 
     return _product(left, right, piece)
 
@@ -68,7 +84,8 @@ def bmm(left: Tensor, right: Tensor) -> Tensor:
     """aten::bmm, [B, M, K] @ [B, K, N]."""
     if not _pays(left, right, 3):
         return _aten.bmm.out(left, right, out=left.new_empty(0))  # type: ignore[no-any-return]
-    return _aten.bmm.out(left.float(), right.float(), out=torch.empty(0)).to(torch.bfloat16)  # type: ignore[no-any-return]
+    out = _space("out", (*left.shape[:2], right.shape[2]))
+    return _aten.bmm.out(_wide("whole", left), _wide("piece", right), out=out).to(torch.bfloat16)  # type: ignore[no-any-return]
 
 
 def baddbmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -76,8 +93,9 @@ def baddbmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alph
     if not _pays(left, right, 3) or added.dtype != torch.bfloat16:
         out = left.new_empty(0)
         return _aten.baddbmm.out(added, left, right, beta=beta, alpha=alpha, out=out)  # type: ignore[no-any-return]
-    wide, out = (added.float(), left.float(), right.float()), torch.empty(0)
-    return _aten.baddbmm.out(*wide, beta=beta, alpha=alpha, out=out).to(torch.bfloat16)  # type: ignore[no-any-return]
+    out = _space("out", (*left.shape[:2], right.shape[2])).copy_(added)
+    wide = _wide("whole", left), _wide("piece", right)
+    return _aten.baddbmm.out(out, *wide, beta=beta, alpha=alpha, out=out).to(torch.bfloat16)  # type: ignore[no-any-return]
 
 
 def _pays(left: Tensor, right: Tensor, dims: int) -> bool:
@@ -94,14 +112,32 @@ def _product(
     """[M, K] and [K, N] -> [M, N] in bf16, by ``multiply(left, right, out, where)`` on fp32 pieces of them."""
     rows, columns, inner = left.shape[0], right.shape[1], left.shape[1]
     by_rows = rows > columns
-    whole = (right if by_rows else left).float()
+    whole = _wide("whole", right if by_rows else left)
     out = left.new_empty(rows, columns)
-    step = max(64, PIECE // inner // 64 * 64)
+    step = max(MULTIPLE, PIECE // max(inner, min(rows, columns)) // MULTIPLE * MULTIPLE)
     for start in range(0, max(rows, columns), step):
         end = min(max(rows, columns), start + step)
         where = (slice(start, end), slice(None)) if by_rows else (slice(None), slice(start, end))
-        piece = (left[start:end] if by_rows else right[:, start:end]).float()
-        made = torch.empty(out[where].shape)
+        piece = _wide("piece", left[start:end] if by_rows else right[:, start:end])
+        made = _space("out", out[where].shape)
         multiply(*((piece, whole) if by_rows else (whole, piece)), made, where)
         out[where] = made
     return out
+
+
+def _wide(place: str, tensor: Tensor) -> Tensor:
+    """A copy in fp32, which lies as the tensor does: with its rows or its columns together."""
+    turned = tensor.stride(-2) < tensor.stride(-1)
+    plain = tensor.transpose(-2, -1) if turned else tensor
+    copied = _space(place, plain.shape).copy_(plain)
+    return copied.transpose(-2, -1) if turned else copied
+
+
+def _space(place: str, shape: Sequence[int]) -> Tensor:
+    """fp32 memory of this thread, of one of its three places; what was there before is no longer needed."""
+    held: dict[str, Tensor] = vars(_kept)
+    count = math.prod(shape)
+    if place not in held or held[place].numel() < count:
+        with torch.inference_mode(False):  # memory taken in inference mode could not be written outside of it
+            held[place] = torch.empty(count)
+    return held[place][:count].view(tuple(shape))

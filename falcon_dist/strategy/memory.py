@@ -26,6 +26,7 @@ from falcon_dist.engine.form import Choice, choose
 from falcon_dist.engine.fused import FusedParts
 from falcon_dist.engine.head import CHUNK_BYTES
 from falcon_dist.engine.native import WEIGHT_DTYPES
+from falcon_dist.engine.widened import kept_bytes
 from falcon_dist.loss import PIECE_BYTES
 from falcon_dist.masking import Masking
 from falcon_dist.monitor import evaluates
@@ -97,7 +98,7 @@ def predict(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> Ran
     params = list(model.parameters())
     each = _WEIGHT_BYTES[config.precision]
     weights = sum(param.numel() for param in params) * each
-    working = _head_bytes(config, model, choice) + _widest_bytes(config, model, choice)
+    working = _head_bytes(config, model, choice) + _widest_bytes(config, model, choice) + _widened_bytes(config, params)
     adapters = trained_parameters(model, config.lora) if config.strategy == "lora" else 0
     kept = _kept_bytes(config, model, choice)
     # What forward keeps is gone when held-out rows are measured, whose logits are never in chunks.
@@ -195,6 +196,14 @@ def _widest_bytes(config: TrainConfig, model: PreTrainedModel, choice: Choice) -
     layers = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and p is not head]
     widest = max(max(layer.shape) for layer in layers)
     return int(4 * rows * widest * model.dtype.itemsize)
+
+
+def _widened_bytes(config: TrainConfig, params: Iterable[Tensor]) -> int:
+    """What products of bf16 keep on processors that do not multiply it."""
+    if config.precision == "fp32":
+        return 0
+    rows = config.loop.micro_batch * config.data.max_length
+    return kept_bytes(rows, [param.shape for param in params if param.ndim == 2])
 
 
 def _kept_bytes(config: TrainConfig, model: PreTrainedModel, choice: Choice) -> int:

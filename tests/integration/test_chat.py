@@ -261,6 +261,23 @@ def test_compare_on_data_of_ones_own_and_into_a_file(folder: Path, tmp_path: Pat
         compare([base, base])
 
 
+def test_compare_on_the_first_rows(folder: Path, capsys) -> None:
+    base, tuned = str(folder / "base"), str(folder / "runs/r/checkpoints/step-000002")
+
+    def told(*words: str) -> dict:
+        assert compare([base, tuned, "--format", "json", "--max-length", "1", *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    few, all_of_them = told("--rows", "1"), told("--rows", "999")
+    assert (few["rows"], few["of_rows"]) == (1, all_of_them["rows"])
+    assert all_of_them["rows"] == all_of_them["of_rows"] > 1
+    assert 0 < few["tuned"]["held_out"]["tokens"] < all_of_them["tuned"]["held_out"]["tokens"]
+    assert compare([base, tuned, "--rows", "1", "--max-length", "1"]) == 0
+    assert f"held-out, the first 1 of {few['of_rows']} rows of {folder}/data.jsonl:" in capsys.readouterr().out
+    with pytest.raises(UserError, match='--rows must be at least 1: "0"'):
+        compare([base, tuned, "--rows", "0"])
+
+
 def test_models_with_alibi_are_measured_on_a_record_a_row(folder: Path, tmp_path: Path, capsys) -> None:
     """Two records that would share a packed row: their losses are those that each has by itself."""
     alibi, data = str(write_model(tmp_path / "alibi", falcon_rw())), tmp_path / "d.jsonl"

@@ -107,6 +107,29 @@ def test_what_torch_refuses_is_refused(pair: tuple[Tensor, Tensor]) -> None:
         widened.baddbmm(bf16(64), *(x[None] for x in pair))
 
 
+def test_memory_taken_in_inference_mode_serves_outside_of_it() -> None:
+    vars(widened._kept).clear()
+    left, right = bf16(64, 64), bf16(64, 64)
+    with torch.inference_mode():
+        first = widened.mm(left, right)
+    assert torch.equal(widened.mm(left, right), first)
+    assert torch.equal(widened.bmm(left[None], right[None])[0], first)
+
+
+def test_what_is_kept_is_told_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widened, "PIECE", 64 * 640)
+    rows, outer, inner = 100, 4000, 640
+    monkeypatch.setattr(widened, "multiplies_bf16", lambda: True)
+    assert widened.kept_bytes(rows, [(outer, inner)]) == 0
+    monkeypatch.setattr(widened, "multiplies_bf16", lambda: False)
+    vars(widened._kept).clear()
+    x, weight, grad = bf16(rows, inner), bf16(outer, inner), bf16(rows, outer)
+    for left, right in ((x, weight.t()), (grad, weight), (grad.t(), x)):
+        widened.mm(left, right)
+    held = sum(tensor.nbytes for tensor in vars(widened._kept).values())
+    assert 0.7 < held / widened.kept_bytes(rows, [(inner, inner), (outer, inner)]) < 1.1
+
+
 INSTALLED = """
 import torch
 from falcon_dist.engine import widened
