@@ -89,14 +89,14 @@ from falcon_dist.train import train
 config = Path(sys.argv[1])
 trained = train(read_config(config), config.parent, resume=False, env={})
 with torch.no_grad():
-    logits = trained.model.eval()(input_ids=torch.arange(40)[None], use_cache=False).logits
+    logits = trained.model.eval().float()(input_ids=torch.arange(40)[None], use_cache=False).logits
 save_file({"logits": logits.float()}, sys.argv[2])
 """
 LOAD_PLAIN = """
 import sys, torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=sys.argv[3]).float()
 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=sys.argv[4] == "bf16-autocast"):
     logits = model(input_ids=torch.arange(40)[None], use_cache=False).logits.float()
 assert "falcon_dist" not in sys.modules
@@ -108,7 +108,8 @@ assert torch.equal(logits, load_file(sys.argv[2])["logits"])
     ("precision", "dtype"), [("bf16", "bfloat16"), ("bf16-autocast", "float32"), ("fp32", "float32")]
 )
 def test_checkpoint_gives_the_logits_of_the_trained_model(tmp_path: Path, precision: str, dtype: str) -> None:
-    """Bit for bit, in a process without this package, for every precision."""
+    """Bit for bit, in a process without this package, for every precision; multiplied in fp32, for where a processor does
+    not multiply bf16 this package does."""
     recipe = write_inputs(tmp_path)
     recipe.write_text(f'precision = "{precision}"\n' + recipe.read_text())
     run = tmp_path / "run"
