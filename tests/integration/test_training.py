@@ -108,8 +108,8 @@ assert torch.equal(logits, load_file(sys.argv[2])["logits"])
     ("precision", "dtype"), [("bf16", "bfloat16"), ("bf16-autocast", "float32"), ("fp32", "float32")]
 )
 def test_checkpoint_gives_the_logits_of_the_trained_model(tmp_path: Path, precision: str, dtype: str) -> None:
-    """Bit for bit, in a process without this package, for every precision; multiplied in fp32, for where a processor does
-    not multiply bf16 this package does."""
+    """Bit for bit, in a process without this package, for every precision. Multiplied in fp32: products of bf16 are not
+    the same with this package where the processor has none."""
     recipe = write_inputs(tmp_path)
     recipe.write_text(f'precision = "{precision}"\n' + recipe.read_text())
     run = tmp_path / "run"
