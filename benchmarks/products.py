@@ -25,8 +25,7 @@ SIZES: Final = {
     "16 tokens": (16, 576, 1536),
     "demo, MLP": (512, 576, 1536),
     "demo, head": (256, 576, 49152),
-    "Falcon-7B, attention": (512, 4544, 4544),
-    "Falcon-7B, MLP": (512, 4544, 18176),
+    "Falcon-7B, 128 tokens": (128, 4544, 4544),
 }
 """Tokens, input and output width of a layer."""
 SLOWEST_S: Final = 20.0

@@ -143,7 +143,7 @@ def test_a_verb_whose_reader_has_left_ends_without_a_traceback(tmp_path, words):
     falcon = [str(Path(sys.executable).parent / "falcon"), *words]
     fresh = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}  # what is made at first use is not told either
     done = subprocess.run(
-        falcon, cwd=tmp_path, env=fresh, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+        falcon, cwd=tmp_path, env=fresh, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=240, check=False
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
