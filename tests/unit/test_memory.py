@@ -14,6 +14,7 @@ from transformers import FalconConfig, Qwen2Config
 from falcon_dist import host_memory
 from falcon_dist.config import DataConfig, EngineConfig, LoopConfig, ModelConfig, Precision, StrategyName, TrainConfig
 from falcon_dist.contract import UserError
+from falcon_dist.engine import widened
 from falcon_dist.engine.adafactor import Adafactor
 from falcon_dist.engine.form import TrainingForm, choose
 from falcon_dist.engine.native import WEIGHT_DTYPES, load_config, load_model
@@ -79,6 +80,18 @@ def test_activations_are_those_that_a_real_forward_keeps(
         inputs = Masking.of(model).inputs(records)
         model.base_model(input_ids=torch.ones(2, 64, dtype=torch.int64), use_cache=False, **inputs)
     assert expected == pytest.approx(sum(kept.values()), rel=0.02)
+
+
+def test_what_widened_products_keep_is_counted_where_bf16_is_multiplied_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for multiplies in (True, False):
+        monkeypatch.setattr(widened, "multiplies_bf16", lambda multiplies=multiplies: multiplies)
+        for precision in ("bf16", "fp32"):
+            config = dataclasses.replace(SMALL, strategy="lora", precision=precision)
+            found[multiplies, precision] = predict(config, llama(vocab_size=4096), 1).working
+    assert found[True, "fp32"] == found[False, "fp32"]
+    head = 64 * 4096  # for its input's gradient, [128, 4096] @ [4096, 64], the weights are the smaller operand
+    assert found[False, "bf16"] - found[True, "bf16"] == 4 * (head + 2 * widened.PIECE)
 
 
 def test_a_head_in_chunks_is_no_wide_layer_and_a_plain_one_is() -> None:
