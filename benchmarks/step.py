@@ -11,8 +11,8 @@ product is timed before and after each round. A figure is the median over rounds
 included, attention's own products left out, and what ours does not do for rows without loss is not taken off.
 
 ours: bf16 weights, fp32 masters, segment attention, chunked head. stock: fp32 weights under bf16 autocast, fused
-AdamW, transformers' own loss over sdpa with the packed mask; stock-fp32: the same without autocast, for processors that
-do not multiply bf16, on which the peak is that of fp32 too. 2023 and 2023-plain: see step_2023.py, with its TRL's
+AdamW, transformers' own loss over sdpa with the packed mask; ours-fp32 and stock-fp32: the same all in fp32, for
+processors that do not multiply bf16, on which the peak is that of fp32 too. 2023 and 2023-plain: see step_2023.py, with its TRL's
 loss and with transformers' own; they need --ipex-python, the Python of `make bench-venv`, and have no adapters.
 """
 
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     flags = parser.parse_args()
     flags.ways = (flags.ways or ("ours,stock,2023" if flags.ipex_python else "ours,stock")).split(",")
     flags.allocators = flags.allocators.split(",")
-    if unknown := {*flags.ways} - {"ours", "stock", "stock-fp32", *OLD}:
+    if unknown := {*flags.ways} - {"ours", "ours-fp32", "stock", "stock-fp32", *OLD}:
         parser.error(f"--ways: no such contender: {', '.join(sorted(unknown))}")
     if OLD.keys() & {*flags.ways} and (flags.ipex_python is None or flags.strategy == "lora"):
         parser.error("--ways: 2023 needs --ipex-python, and has no adapters")

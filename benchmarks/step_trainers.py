@@ -31,6 +31,9 @@ from falcon_dist.strategy.choice import make_strategy
 from falcon_dist.strategy.lora import ATTENTION_LAYERS
 from falcon_dist.world import World
 
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+"""Of our weights, by precision."""
+
 
 class PlainLoss(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer with transformers' own loss: TRL's is several times slower on CPUs."""
@@ -48,8 +51,8 @@ def main() -> None:
     config = TrainConfig(loop=LoopConfig(micro_batch=rows, max_steps=10_000), strategy=strategy)  # type: ignore[arg-type]
     schedule = plan_schedule(config.loop, num_rows=step_rows.ROWS, world_size=1, seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        precision: Precision = "fp32" if way == "stock-fp32" else "bf16" if way == "ours" else "bf16-autocast"
-        make = our_trainer if way == "ours" else stock_trainer
+        precision: Precision = "fp32" if way.endswith("-fp32") else "bf16" if way == "ours" else "bf16-autocast"
+        make = our_trainer if way.startswith("ours") else stock_trainer
         trainer = make(replace(config, precision=precision), schedule, shape, length, folder)
         form = getattr(trainer, "form", None)
         with form.training() if form else nullcontext():
@@ -64,10 +67,10 @@ def make_part(shape: str, length: int) -> Part:
 
 
 def our_trainer(config: TrainConfig, schedule: Schedule, shape: str, length: int, folder: str) -> Any:
-    """As falcon_dist.train puts it together: bf16 weights, fp32 masters, segment attention, chunked head."""
+    """As falcon_dist.train puts it together: segment attention, chunked head, bf16 weights with fp32 masters."""
     register()
     widened.install()
-    model, clock = step_rows.make_model(shape, SEGMENTS, "bfloat16"), StepClock()
+    model, clock = step_rows.make_model(shape, SEGMENTS, DTYPES[config.precision]), StepClock()
     strategy = make_strategy(config, World())
     strategy.ready(model)
     form = TrainingForm(model, choose(model.config, config.model, config.engine))
