@@ -12,8 +12,9 @@ included, attention's own products left out, and what ours does not do for rows 
 
 ours: bf16 weights, fp32 masters, segment attention, chunked head. stock: fp32 weights under bf16 autocast, fused
 AdamW, transformers' own loss over sdpa with the packed mask; ours-fp32 and stock-fp32: the same all in fp32, for
-processors that do not multiply bf16, on which the peak is that of fp32 too. 2023 and 2023-plain: see step_2023.py, with its
-TRL's loss and with transformers' own; they need --ipex-python, the Python of `make bench-venv`, and have no adapters.
+processors that do not multiply bf16, on which the peak is that of fp32 too. 2023 and 2023-plain: see step_2023.py,
+with its TRL's loss and with transformers' own; they need --ipex-python, the Python of `make bench-venv`, and have no
+adapters.
 """
 
 from __future__ import annotations
