@@ -108,9 +108,9 @@ def watch(found: dict[str, list[Any]]) -> None:
         found["saves"].append({"step": step, "bytes": size, "copy_s": ended - again})
         begin(self, step, kept)
 
-    def timed_save(self: Saver, step: int) -> None:
+    def timed_save(self: Saver, step: int, *given: Any, **named: Any) -> None:
         began = time.perf_counter()
-        save(self, step)
+        save(self, step, *given, **named)
         found["saves"][-1] |= {"stall_s": time.perf_counter() - began - extra["s"], "ended": time.monotonic()}
 
     def timed_step(self: Reporter, record: Any, **kwargs: Any) -> None:
