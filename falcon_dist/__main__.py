@@ -12,6 +12,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -41,16 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words[0], words[1:])
     except UserError as error:
-        _leave_failure(str(error))
-        print(error, file=sys.stderr)
+        _last_words(str(error))
         return EXIT_USER_ERROR
     except UnsoundError as error:
-        _leave_failure(str(error))
-        print(error, file=sys.stderr)
+        _last_words(str(error))
         return EXIT_UNSOUND
     except Exception as error:  # noqa: BLE001 - the rank's last words, told once and then kept
-        _leave_failure(f"{type(error).__name__}: {error}".splitlines()[0])
-        traceback.print_exc()
+        with suppress(OSError):
+            _leave_failure(f"{type(error).__name__}: {error}".splitlines()[0])
+            traceback.print_exc()
         return EXIT_FAILED
 
 
@@ -117,6 +117,14 @@ def _keep(result: RankResult, folder: Path) -> None:
         ) from error
 
 
+def _last_words(error: str) -> None:
+    """Wherever they can be left: the exit code says what is to be done next, also where the disk takes no more."""
+    with suppress(OSError):
+        print(error, file=sys.stderr, flush=True)
+    with suppress(OSError):
+        _leave_failure(error)
+
+
 def _leave_failure(error: str) -> None:
     folder = os.environ.get(contract.RANK_DIR)
     if folder and Path(folder).is_dir():
@@ -142,8 +150,10 @@ def _leave(code: int) -> NoReturn:
     A rank that failed leaves the same way: its group still stands, and its peers wait for the end of its connections.
     """
     if sys.argv[1:2] == ["train"] and (code or os.environ.get(contract.BACKEND, "gloo") == "gloo"):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)
 

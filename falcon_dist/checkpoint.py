@@ -27,6 +27,7 @@ from falcon_dist.tensor_file import Told
 MANIFEST: Final = "manifest.json"
 TRAIN_STATE: Final = "train_state"
 TENSORS: Final = ".safetensors"
+NO_STATE: Final = "has no optimizer state; it was saved with checkpoint.optimizer=false"
 _PARTIAL: Final = ".partial-"
 
 
@@ -164,8 +165,10 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, Told]]:
         if text != manifest_text(facts, files).encode() or not isinstance(facts["step"], int):
             raise DamagedError(f"{MANIFEST} is damaged")
         return facts, {name: _told(told) for name, told in files.items()}
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedError(f"{MANIFEST} is missing") from error
+    except OSError as error:
+        raise DamagedError(unreadable(MANIFEST, error)) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{MANIFEST} is damaged") from error
 
@@ -193,13 +196,21 @@ def fault_of(path: Path, *, tensors: bool = True) -> str | None:
 def file_fault(folder: Path, name: str, told: Told, hashed: bool = True) -> str | None:
     """Why a file of a checkpoint is not what was written, by its size and, where asked for, its hash."""
     file = folder / name
-    if not file.is_file():
+    try:
+        if (size := file.stat().st_size) != told.bytes:
+            return f"{name} has {size} bytes, not {told.bytes}"
+        if hashed and digest.of_file(file, told.kind) != told.hash:
+            return other_bytes(name, told)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return f"{name} is missing"
-    if file.stat().st_size != told.bytes:
-        return f"{name} has {file.stat().st_size} bytes, not {told.bytes}"
-    if hashed and digest.of_file(file, told.kind) != told.hash:
-        return other_bytes(name, told)
+    except OSError as error:
+        return unreadable(name, error)
     return None
+
+
+def unreadable(name: str, error: OSError) -> str:
+    """What is said of a file that the disk does not give."""
+    return f"{name} cannot be read: {error.strerror or error}"
 
 
 def other_bytes(name: str, told: Told) -> str:
@@ -215,13 +226,14 @@ class Choice:
     refused: tuple[tuple[Path, str], ...]
 
 
-def newest_verified(root: Path, *, below: int | None = None, tensors: bool = True) -> Choice:
+def newest_verified(root: Path, *, below: int | None = None, tensors: bool = True, with_state: bool = False) -> Choice:
     """The newest checkpoint that verifies; newer ones that do not are told.
 
     Args:
         root: folder of checkpoints.
         below: only those of earlier steps.
         tensors: as in ``fault_of``.
+        with_state: only those from which a run can go on.
     """
     refused: list[tuple[Path, str]] = []
     names = {path: path.name.removeprefix("step-") for path in root.glob("step-*")}
@@ -230,6 +242,8 @@ def newest_verified(root: Path, *, below: int | None = None, tensors: bool = Tru
         if below is not None and step >= below:
             continue
         fault = fault_of(path, tensors=tensors)
+        if fault is None and with_state and not holds_state(path):
+            fault = NO_STATE
         if fault is None:
             return Choice(read(path), tuple(refused))
         refused.append((path, fault))

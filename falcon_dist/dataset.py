@@ -26,7 +26,7 @@ from falcon_dist.packaged import cache_folder
 from falcon_dist.packing import Forecast, Packer, Sample, held_out
 from falcon_dist.readers import Item
 from falcon_dist.records import BadRecord, Fault, Passage, Record, check_text
-from falcon_dist.rows import MANIFEST, PackedStore, Parts, damaged_file, write_store
+from falcon_dist.rows import MANIFEST, PackedStore, Parts, damaged_file, write_store, writing
 from falcon_dist.sources import Source, find_eval_source, find_sources, mixed
 
 FORMAT: Final = 4
@@ -83,24 +83,30 @@ def prepare_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Pack
     """The packed store of this data under this tokenizer, made now or found from an earlier run.
 
     Raises:
-        UserError: the data is missing, empty or has a record that cannot be used.
+        UserError: the data is missing, empty or has a record that cannot be used, or the cache cannot be written.
     """
     material = gather(config, tokenizer)
     recipe = material.recipe()
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "rows" / digest[:32]
-    _set_aside_damaged(path)
-    if not (path / MANIFEST).is_file():
+    with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
+        damage = _set_aside_damaged(path)
+    if damage:
+        print(f"packed rows: {damage}; packed anew", flush=True)
+    if not (path / MANIFEST).is_file():
         write_store(path, lambda parts: _fill(material, recipe, parts))
     return PackedStore.open(path)
 
 
-def _set_aside_damaged(path: Path) -> None:
-    """A store of an earlier run whose bytes have changed since is not used again."""
-    if (path / MANIFEST).is_file() and (name := damaged_file(path)):
-        path.rename(path.with_name(f"{path.name}.refused-{os.getpid()}"))
-        print(f'packed rows: "{path / name}" is not what was written (sha256 differs); packed anew', flush=True)
+def _set_aside_damaged(path: Path) -> str | None:
+    """What is damaged of a store of an earlier run, which is not used again."""
+    if not path.exists() or (name := damaged_file(path)) is None:
+        return None
+    path.rename(path.with_name(f"{path.name}.refused-{os.getpid()}"))
+    # Its host may have gone down before all was on disk.
+    fault = "is torn or missing" if name == MANIFEST else "is not what was written (sha256 differs)"
+    return f'"{path / name}" {fault}'
 
 
 def gather(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Material:
@@ -137,8 +143,12 @@ class Skipped:
         if self._counts[fault.reason] <= _PLACES:
             self._places[fault.reason].append(fault.place)
         if self._file is not None:
-            with self._file.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(json.dumps(asdict(fault), ensure_ascii=False) + "\n")
+            line = json.dumps(asdict(fault), ensure_ascii=False) + "\n"
+            with (
+                writing(self._file.parents[1]),
+                self._file.open("a", encoding="utf-8", errors="backslashreplace") as file,
+            ):
+                file.write(line)
 
     def facts(self) -> dict[str, Any]:
         """{reason: how many, the first places}."""

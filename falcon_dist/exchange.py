@@ -32,7 +32,7 @@ def exchange(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
             group = _ccl_group()
             return {"backend": "ccl" if group else "gloo", "bytes_per_s": _bytes_per_s(group)}
     except (RuntimeError, OSError, UserError) as error:
-        return {"fault": str(error).strip().splitlines()[0]}
+        return {"fault": next(iter(str(error).strip().splitlines()), type(error).__name__)}
 
 
 def _ccl_group() -> dist.ProcessGroup | None:

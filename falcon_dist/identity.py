@@ -66,6 +66,12 @@ def identity_of(model: str, config: ModelConfig) -> dict[str, str]:
     }
 
 
+def digest_of(identity: Mapping[str, str]) -> bytes:
+    """32 bytes that stand for what all hosts have to agree on: model and tokenizer, not versions of software. Pure."""
+    told = {name: value for name, value in identity.items() if name not in TOLD_ONLY}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).digest()
+
+
 def software() -> str:
     """ "torch 2.13.0, transformers 5.23.0, ..." of what is installed."""
     found = {name: metadata.version(name) for name in SOFTWARE if importlib.util.find_spec(name)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,7 @@ from falcon_dist.monitor import Point, best_of
 
 BEST: Final = "best"
 """Link beside the checkpoints to the one of the lowest held-out loss."""
+_ROTATED: Final = ".partial-rotated"
 
 
 def check_keeping(config: CheckpointConfig, *, evaluates: bool) -> None:
@@ -44,7 +46,15 @@ def committed_steps(root: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def settle(root: Path, step: int, config: CheckpointConfig, points: Sequence[Point], min_gain: float = 0.0) -> None:
+def settle(
+    root: Path,
+    step: int,
+    config: CheckpointConfig,
+    points: Sequence[Point],
+    *,
+    min_gain: float = 0.0,
+    refused: Container[int] = (),
+) -> None:
     """What follows a commit: links that show the way to it, older checkpoints that may go now.
 
     Args:
@@ -53,43 +63,57 @@ def settle(root: Path, step: int, config: CheckpointConfig, points: Sequence[Poi
         config: what is kept.
         points: held-out losses that were known when it was saved.
         min_gain: nats a token by which a loss must be lower to count as such.
+        refused: steps whose checkpoints a resume did not trust: neither counted nor removed, for who counted them
+            would remove sound ones in their favour.
 
     Raises:
         UserError: something that is no link is in the way of one.
-        OSError: the folder of checkpoints, or that of the links, cannot be written.
+        OSError: a checkpoint cannot be removed; the folder of checkpoints, or that of the links, cannot be written.
     """
     path = root / checkpoint.folder_name(step)
-    best = best_kept(root, step, points, min_gain)
+    there = [old for old in committed_steps(root) if old == step or (old < step and old not in refused)]
+    best = best_kept(there, points, min_gain)
     if config.keep_best and best is not None:
         point(root / BEST, root / checkpoint.folder_name(best))
     if config.links is not None:
         point(Path(config.links) / f"checkpoint-{step}", path)
-    rotate(root, step, config, best)
+    rotate(root, there, config, best)
     if config.links is not None:
         drop_dead_links(Path(config.links))
 
 
-def best_kept(root: Path, step: int, points: Sequence[Point], min_gain: float) -> int | None:
-    """The best step up to this one that has a checkpoint: the save of a better one may have failed."""
-    there = {old for old in committed_steps(root) if old <= step}
+def best_kept(there: Container[int], points: Sequence[Point], min_gain: float) -> int | None:
+    """The best step that has a checkpoint: the save of a better one may have failed. Pure."""
     best = best_of([known for known in points if known.step in there], min_gain)
     return best.step if best else None
 
 
-def rotate(root: Path, step: int, config: CheckpointConfig, best: int | None) -> Sequence[int]:
-    """Removes what may go; to be called when the checkpoint of ``step`` is committed, not before.
+def rotate(root: Path, there: Sequence[int], config: CheckpointConfig, best: int | None) -> None:
+    """Removes what may go, also what could not be removed before; to be called when the newest is committed.
 
-    Checkpoints of later steps are neither counted nor removed: a resume refused them, and who counted them would remove
-    sound ones in their favour.
+    Args:
+        root: folder of checkpoints.
+        there: steps whose checkpoints count, from the oldest to the newest.
+        config: what is kept.
+        best: the step of the lowest held-out loss.
     """
-    going = expendable([old for old in committed_steps(root) if old <= step], config, best)
-    for gone in going:
-        path = root / checkpoint.folder_name(gone)
-        # Renamed first: half a checkpoint must never stand under the name of a whole one.
-        partial = path.with_name(f"{path.name}.partial-rotated-{os.getpid()}")
-        path.rename(partial)
-        shutil.rmtree(partial, ignore_errors=True)
-    return going
+    to_go_on = _newest_with_state(root, there)
+    for gone in expendable(there, config, best):
+        if gone != to_go_on:
+            # Renamed first: half a checkpoint must never stand under the name of a whole one.
+            path = root / checkpoint.folder_name(gone)
+            path.rename(path.with_name(f"{path.name}{_ROTATED}-{os.getpid()}"))
+    for partial in sorted(root.glob(f"step-*{_ROTATED}-*")):
+        shutil.rmtree(partial)
+
+
+def _newest_with_state(root: Path, there: Sequence[int]) -> int | None:
+    """The step that a resume would go on from, where newer ones are kept without the optimizer's state."""
+    for step in reversed(there):
+        with suppress(checkpoint.DamagedError):
+            if checkpoint.holds_state(root / checkpoint.folder_name(step)):
+                return step
+    return None
 
 
 def point(link: Path, target: Path) -> None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from falcon_dist import checkpoint
 from falcon_dist.config import ModelConfig
 from falcon_dist.contract import UserError
-from falcon_dist.engine.foreign import check_weights
+from falcon_dist.engine.foreign import check_weights, reason
 from falcon_dist.engine.native import ADAPTER_CONFIG, base_and_commit, load_model, load_tokenizer
 from falcon_dist.identity import check_base
 from falcon_dist.layout import parse_size
 from falcon_dist.prepare import find_model
+from falcon_dist.strategy.lora import WEIGHTS_FILE
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -36,22 +40,22 @@ def merge(argv: Sequence[str]) -> int:
     """Loads both, adds B A x alpha / rank to each adapted weight, and writes what plain transformers loads.
 
     Raises:
-        UserError: there are no adapters, they do not verify, their model cannot be had or is another, or FOLDER exists.
+        UserError: there are no adapters, they do not verify or fit, their model cannot be had or is another, or FOLDER
+            exists or cannot be written.
     """
     args = parse_args(argv)
     parse_size(args.max_shard_size, "falcon merge: --max-shard-size")
+    args.adapter = args.adapter.resolve()  # a link such as "best" may be turned to another checkpoint meanwhile
     facts = _facts_of(args.adapter)
-    if args.into.exists():
+    if os.path.lexists(args.into):  # unlike Path.exists it leaves a name that cannot be made to who makes it
         raise UserError(f'falcon merge: "{args.into}" exists already; name a new folder')
     config = _base(args)
     place = find_model(config)
     check_base(args.adapter, dataclasses.replace(config, name=place))
-    model = PeftModel.from_pretrained(load_model(place, config, args.precision), args.adapter)
+    merged = _merged(load_model(place, config, args.precision), args.adapter, config.name)
     tokenizer = load_tokenizer(args.adapter, config)
-    merged = model.merge_and_unload(safe_merge=True)
-    out = args.into.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.written(out, {**facts, "merged": str(args.adapter), "made_from": config.name}) as folder:
+    told = {**facts, "merged": str(args.adapter), "made_from": config.name}
+    with checkpoint.written(args.into.absolute(), told) as folder:
         merged.save_pretrained(folder, max_shard_size=args.max_shard_size)
         tokenizer.save_pretrained(folder)
     print(f"{config.name} with {args.adapter}: {args.into}")
@@ -69,9 +73,28 @@ def _facts_of(adapter: Path) -> dict[str, Any]:
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise UserError(f'falcon merge: no {ADAPTER_CONFIG} in "{adapter}"; give a checkpoint of a LoRA run')
     check_weights(adapter)
+    if not (adapter / WEIGHTS_FILE).is_file():  # peft would take a pickle instead, or look on the hub
+        raise UserError(f'falcon merge: no {WEIGHTS_FILE} in "{adapter}"; fetch or save the adapters again')
     if not (adapter / checkpoint.MANIFEST).is_file():
         return {"step": 0}
     fault = checkpoint.fault_of(adapter)
     if fault:
         raise UserError(f'falcon merge: "{adapter}" cannot be trusted: {fault}')
     return dict(checkpoint.read(adapter).facts)
+
+
+def _merged(base: PreTrainedModel, adapter: Path, name: str) -> PreTrainedModel:
+    """The base model with the adapters in its weights; safe_merge refuses those that are not numbers."""
+    try:
+        return PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, ImportError, SafetensorError) as error:
+        raise UserError(
+            f'falcon merge: cannot add "{adapter}" to "{name}": {_why(adapter, error)}; give whole adapters, and with '
+            "--base the model they were trained on"
+        ) from error
+
+
+def _why(adapter: Path, error: Exception) -> str:
+    """torch's first line is a headline: the first tensor that does not fit stands below it."""
+    first, below = reason(adapter, error), str(error).strip().splitlines()[1:2]
+    return " ".join([first, *(line.strip() for line in below)]) if first.endswith(":") else first

@@ -93,8 +93,17 @@ def find_origin(path: Path) -> Origin:
 def _along_the_way(run: Path, step: int) -> dict[str, Any] | None:
     """What was measured after ``step``, if anything was; a step that was done again counts as it was last."""
     file = run / EVALUATIONS_FILE
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return next((told for told in reversed(lines) if told["step"] == step), None)
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []  # answers may hold what else ends a line of text
+    return next((told for told in map(_object, reversed(lines)) if told.get("step") == step), None)
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """What a line tells: nothing behind the last one, or where a host that went down left half of it."""
+    try:
+        told = json.loads(line)
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def files_of(path: Path) -> dict[str, int]:

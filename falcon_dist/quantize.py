@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -35,22 +36,23 @@ def quantize(argv: Sequence[str]) -> int:
     """Reads the model in bf16, rounds the weights of its linear layers and writes them.
 
     Raises:
-        UserError: the checkpoint does not verify or is adapters, there is no such model, or OUT exists.
+        UserError: the checkpoint does not verify or is adapters, there is no such model, or OUT exists or cannot be
+            written.
     """
     args = parse_args(argv)
     parse_size(args.max_shard_size, "falcon quantize: --max-shard-size")
     out, kind = args.out.absolute(), KINDS[args.bits]
-    if out.exists():
+    if os.path.lexists(out):  # unlike Path.exists it leaves a name that cannot be made to who makes it
         raise UserError(f'falcon quantize: "{args.out}" exists already; name a new folder')
-    facts = _facts_of(args.model)
-    config = ModelConfig(name=args.model)
+    source = _place_of(args.model)
+    facts = _facts_of(source)
+    config = ModelConfig(name=source)
     place = find_model(config)
     _check_whole(place)
     model, tokenizer = load_model(place, config, "bf16").eval(), load_tokenizer(place, config)
     before, done = weight_bytes(model), quantize_layers(model, kind)
     _say_in_config(model, kind, done.left)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.written(out, {**facts, "quantized": kind, "made_from": args.model}) as folder:
+    with checkpoint.written(out, {**facts, "quantized": kind, "made_from": source}) as folder:
         _save(folder, model, tokenizer, args.max_shard_size)
     print(f"{done.layers} layers in {kind}, {len(done.left)} left in bf16 besides the embeddings and the head")
     for name in done.left:
@@ -59,9 +61,15 @@ def quantize(argv: Sequence[str]) -> int:
     return 0
 
 
+def _place_of(model: str) -> str:
+    """A folder without links: a run that trains may turn its "best" to another checkpoint than was verified."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
+
+
 def _facts_of(model: str) -> dict[str, Any]:
     """What the checkpoint's manifest tells of its run, its bytes verified; nothing for a model of another kind."""
-    path = Path(model).expanduser()
+    path = Path(model)
     if not (path / checkpoint.MANIFEST).is_file():
         return {"step": 0}
     fault = checkpoint.fault_of(path)

@@ -36,7 +36,7 @@ def resume_point(run: Run, team: Team, below: int | None = None) -> checkpoint.C
     step = 0
     if run.world.is_main:
         checkpoint.clear_partial(run.checkpoints)
-        choice = checkpoint.newest_verified(run.checkpoints, below=below, tensors=False)
+        choice = _choice(run, below)
         for path, reason in choice.refused:
             run.reporter.line(f"refused {path}: {reason}")
         step = choice.newest.step if choice.newest else -len(choice.refused)
@@ -49,6 +49,14 @@ def resume_point(run: Run, team: Team, below: int | None = None) -> checkpoint.C
     chosen = _told_by_rank_0(run, team, step)
     _check_same_run(run, chosen)
     return chosen
+
+
+def _choice(run: Run, below: int | None) -> checkpoint.Choice:
+    """Where none has the optimizer's state, one without: ``restore`` says what is missing."""
+    choice = checkpoint.newest_verified(run.checkpoints, below=below, tensors=False, with_state=True)
+    if choice.newest is None and any(reason == checkpoint.NO_STATE for _, reason in choice.refused):
+        return checkpoint.newest_verified(run.checkpoints, below=below, tensors=False)
+    return choice
 
 
 def _told_by_rank_0(run: Run, team: Team, step: int) -> checkpoint.Checkpoint:

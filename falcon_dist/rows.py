@@ -6,11 +6,12 @@ left out. Arrays are raw little-endian [rows, max_length]: tokens and records in
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -26,6 +27,8 @@ MANIFEST: Final = "manifest.json"
 ARRAYS: Final[Mapping[str, str]] = {"tokens": "<i4", "records": "<i4", "mask": "|u1"}
 IGNORED: Final = -100
 """Label of a position without loss, torch's cross_entropy default."""
+_TORN: Final = (ValueError, KeyError, TypeError, AttributeError)
+"""What is raised for a manifest that is empty, cut off or of another form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +93,18 @@ class PackedStore:
         """Maps a committed store.
 
         Raises:
-            UserError: it is missing, or a file has not the size that the manifest tells.
+            UserError: it is missing, its manifest is torn, or a file has not the size that the manifest tells.
         """
         try:
             text = (path / MANIFEST).read_bytes()
         except OSError as error:
             raise UserError(f'packed rows: no manifest in "{path}"; run falcon-launch again to prepare them') from error
-        manifest = json.loads(text)
-        parts = [_map_part(path / name, manifest) for name in ("train", "eval")]
-        rows = json.dumps([manifest["facts"]["max_length"], manifest["files"]], sort_keys=True).encode()
+        try:
+            manifest = json.loads(text)
+            parts = [_map_part(path / name, manifest) for name in ("train", "eval")]
+            rows = json.dumps([manifest["facts"]["max_length"], manifest["files"]], sort_keys=True).encode()
+        except _TORN as error:
+            raise _damaged(path / MANIFEST, path) from error
         digests = (hashlib.sha256(told).digest() for told in (rows, text))
         return cls(path, parts[0], parts[1], manifest["facts"], *digests)
 
@@ -108,15 +114,26 @@ def damaged_file(path: Path) -> str | None:
 
     Every byte is read, which a host does once before its ranks start.
     """
-    for name, told in json.loads((path / MANIFEST).read_bytes())["files"].items():
-        try:
-            with (path / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
-            return str(name)
-        if digest != told["sha256"]:
-            return str(name)
+    try:
+        for name, told in json.loads((path / MANIFEST).read_bytes())["files"].items():
+            if _sha256(path / name) != told["sha256"]:
+                return str(name)
+    except (OSError, *_TORN):
+        return MANIFEST
     return None
+
+
+def _sha256(path: Path) -> str | None:
+    """Hex; None: it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _damaged(file: Path, store: Path) -> UserError:
+    return UserError(f'packed rows: "{file}" is damaged; delete "{store}" and start again')
 
 
 def _map_part(folder: Path, manifest: Mapping[str, Any]) -> Part:
@@ -126,24 +143,52 @@ def _map_part(folder: Path, manifest: Mapping[str, Any]) -> Part:
         file = folder / f"{name}.bin"
         told = manifest["files"][f"{folder.name}/{name}.bin"]["bytes"]
         if not file.is_file() or file.stat().st_size != told:
-            raise UserError(f'packed rows: "{file}" is damaged; delete "{folder.parent}" and start again')
+            raise _damaged(file, folder.parent)
         shape = (told // np.dtype(kind).itemsize // length, length)
         arrays.append(np.memmap(file, kind, "r", shape=shape) if told else np.empty((0, length), kind))
     return Part(*arrays)
 
 
 def write_store(path: Path, fill: Callable[[Parts], Mapping[str, Any]]) -> None:
-    """Makes a store at ``path`` whole or not at all; ``fill`` writes the rows and returns the facts."""
+    """Makes a store at ``path`` whole or not at all; ``fill`` writes the rows and returns the facts.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         with PartWriter(partial / "train") as train, PartWriter(partial / "eval") as evaluation:
             facts = fill({"train": train, "eval": evaluation})
         files = {f"{w.folder.name}/{name}": told for w in (train, evaluation) for name, told in w.told.items()}
         manifest = json.dumps({"facts": facts, "files": files}, indent=1, sort_keys=True)
-        (partial / MANIFEST).write_text(manifest + "\n")
-        _publish(partial, path)
+        with writing(path.parent):
+            (partial / MANIFEST).write_text(manifest + "\n")
+            _synchronise(partial)
+            _publish(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raises UserError where the disk of the stores' folder takes no more, or nobody may write there."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f'packed rows: cannot write in "{folder}": {error.strerror or error}; make room there, or set '
+            "$XDG_CACHE_HOME to a folder on another disk"
+        ) from error
+
+
+def _synchronise(folder: Path) -> None:
+    """Before a folder gets its name: a host that goes down after that must not leave it with empty files."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _publish(partial: Path, path: Path) -> None:
@@ -160,13 +205,15 @@ class PartWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._stores = folder.parents[1]
         self.told: dict[str, dict[str, Any]] = {}
         self._files: dict[str, IO[bytes]] = {}
         self._hashes = {name: hashlib.sha256() for name in ARRAYS}
 
     def __enter__(self) -> PartWriter:
-        self.folder.mkdir(parents=True)
-        self._files = {name: (self.folder / f"{name}.bin").open("wb") for name in ARRAYS}
+        with writing(self._stores):
+            self.folder.mkdir(parents=True)
+            self._files = {name: (self.folder / f"{name}.bin").open("wb") for name in ARRAYS}
         return self
 
     def write(self, rows: Iterable[Row]) -> None:
@@ -174,13 +221,15 @@ class PartWriter:
         for row in rows:
             for name, kind in ARRAYS.items():
                 data = getattr(row, name).astype(kind).tobytes()
-                self._files[name].write(data)
+                with writing(self._stores):
+                    self._files[name].write(data)
                 self._hashes[name].update(data)
 
     def __exit__(self, *_: object) -> None:
         for name, file in self._files.items():
-            size = file.tell()
-            file.close()
+            with writing(self._stores):
+                size = file.tell()
+                file.close()
             self.told[f"{name}.bin"] = {"bytes": size, "sha256": self._hashes[name].hexdigest()}
 
 

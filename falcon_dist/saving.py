@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +44,8 @@ class Saver:
     optimizer: NamedOptimizer
     monitor: Monitor
     updates: Updates
+    refused: frozenset[int] = frozenset()
+    """Steps whose checkpoints this run did not resume from, though they are newer."""
     saves: list[Saved] = field(default_factory=list)
     """How long training stood still for each save."""
 
@@ -103,13 +105,14 @@ class Saver:
             self._compared = step
 
     def finish(self) -> None:
-        """Waits for the save that is under way.
+        """Waits for the save that is under way, and for the other ranks: they may hear of its end from rank 0.
 
         Raises:
             UserError: it failed, and no later one can make up for it.
         """
         with self.run.reporter.phase("save"):
             fault = self._writer.finish() or self._fault
+            self._meet()
         if fault:
             raise UserError(
                 f'checkpoint: cannot write in "{self.run.checkpoints}": {fault}; earlier checkpoints are untouched; '
@@ -155,24 +158,42 @@ class Saver:
         live = kept.tensors
         tensors = {name: live[name] for shard in mine for name in shard.tensors}
         if self._in_background is None:
-            self._in_background = self._is_for_background(sum(tensor.nbytes for tensor in tensors.values()))
+            self._in_background = self._agreed_on_background(sum(tensor.nbytes for tensor in tensors.values()))
         job = Job(
             root=self.run.checkpoints,
             step=step,
             total_bytes=sum(tensor.nbytes for tensor in live.values()),
             shards=mine,
-            tensors=self._copies.take(tensors) if self._in_background else tensors,
+            tensors=self._copied(tensors) if self._in_background else tensors,
             write_rest=partial(train_state.write_rest, kept=kept, shards=shards),
             facts=self._facts(),
         )
         self._writer.begin(job, partial(self._settle, step, tuple(self.monitor.points)))
-        self._fault = None if self._in_background else self._writer.finish()
+        self._fault = None
+        if not self._in_background:
+            self._fault = self._writer.finish()
+            self._meet()  # removing older ones may take rank 0 longer than a collective waits
 
-    def _is_for_background(self, copied_bytes: int) -> bool:
-        """Whether this rank writes from a copy; ranks need not agree, one without a copy waits for its own writing."""
+    def _meet(self) -> None:
+        self.team.meet(self.run.world.world_size)
+
+    def _copied(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        try:
+            return self._copies.take(tensors)
+        except OSError as error:
+            raise UserError(
+                f"checkpoint: no memory for a copy to write from ({error.strerror}); set checkpoint.background=off"
+            ) from error
+
+    def _agreed_on_background(self, copied_bytes: int) -> bool:
+        """Whether ranks write from a copy: all or none, for one that waited for its disk would be missed in a step."""
         asked = self.run.config.checkpoint.background
         if asked != "auto":
             return asked == "on"
+        mine = "yes" if self._has_room_for(copied_bytes) else "no"
+        return "no" not in self.team.everyone_says("save/background", mine, self.run.world.world_size)
+
+    def _has_room_for(self, copied_bytes: int) -> bool:
         ranks = self.run.world.local_world_size
         return self.run.strategy.steady and ranks * copied_bytes < MOST_OF_ROOM * host_memory.room_bytes(ranks)
 
@@ -192,7 +213,14 @@ class Saver:
         """Links and rotation; where they fail the checkpoint is whole all the same, and the next save tries again."""
         config = self.run.config
         try:
-            settle(self.run.checkpoints, step, config.checkpoint, points, config.evaluate.min_gain)
+            settle(
+                self.run.checkpoints,
+                step,
+                config.checkpoint,
+                points,
+                min_gain=config.evaluate.min_gain,
+                refused=self.refused,
+            )
         except (UserError, OSError) as error:
             self.run.reporter.line(
                 f"checkpoint of step {step} is whole, but links and rotation after it failed: {error}; "
@@ -202,16 +230,15 @@ class Saver:
     def _save_together(self, step: int) -> None:
         """Rank 0 commits; the others give what is theirs."""
         run, of_model = self.run, (self.model, self.tokenizer, self.optimizer)
-        meet = partial(self.team.meet, run.world.world_size)
         self._fault = together.save(
             self.team,
             run.checkpoints / checkpoint.folder_name(step),
             {"step": step, **self._facts()},
             total_bytes=run.strategy.saved_bytes(*of_model),
-            give=lambda folder: run.strategy.save(folder, *of_model, meet=meet),
+            give=lambda folder: run.strategy.save(folder, *of_model, meet=self._meet),
         )
         self._settle(step, tuple(self.monitor.points), self._fault)
-        meet()
+        self._meet()
 
     def _check_finite(self, step: int) -> None:
         """The loop looks at loss and gradients of a step after its update, where this step may never have come to."""

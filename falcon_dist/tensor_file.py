@@ -7,6 +7,7 @@ that saves would stop the one that trains. The format is a JSON header and the r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -102,7 +103,8 @@ def empty(spec: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, to
         starts[name] = end
         end += -(-math.prod(shape) * dtype.itemsize // _LINE_BYTES) * _LINE_BYTES
     memory = mmap.mmap(-1, max(end, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel may know no huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     return {
         name: whole[starts[name] :][: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))

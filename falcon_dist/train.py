@@ -27,8 +27,8 @@ from falcon_dist.engine.form import TrainingForm, choose
 from falcon_dist.engine.named import NamedOptimizer
 from falcon_dist.engine.native import load_config, load_model, load_tokenizer, stay_in_place
 from falcon_dist.host_memory import total_bytes
-from falcon_dist.identity import adapters_identity, identity_of
-from falcon_dist.keeping import check_keeping
+from falcon_dist.identity import adapters_identity, digest_of, identity_of
+from falcon_dist.keeping import check_keeping, committed_steps
 from falcon_dist.learning_rate import make_scheduler
 from falcon_dist.loop import (
     PackedTrainer,
@@ -128,6 +128,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
         reporter.line(line)
     with open_group(world, env) as board:
         same_everywhere(store.digest, "packed rows")
+        same_everywhere(digest_of(run.identity), "model and tokenizer")
         team = gather(board, world, run.checkpoints)
         return _train_in_group(run, team, seen, resume=resume)
 
@@ -203,6 +204,7 @@ def _fit(
         optimizer=optimizer,
         monitor=monitor,
         updates=Updates(start, optimizer),
+        refused=frozenset(step for step in committed_steps(run.checkpoints) if step > start),
     )
     if catch_up(run, monitor, start).save and run.config.checkpoint.keep_best:
         saver.keep(start)

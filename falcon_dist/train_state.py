@@ -131,7 +131,7 @@ def optimizer_steps(folder: Path) -> int:
     """Updates that the optimizer had done; raises as ``load`` does."""
     _, files = checkpoint.read_manifest(folder)
     if COUNTERS not in files:
-        raise UserError(f'--resume: "{folder}" has no optimizer state; it was saved with checkpoint.optimizer=false')
+        raise UserError(f'--resume: "{folder}" {checkpoint.NO_STATE}')
     counters = _read(folder, COUNTERS, files[COUNTERS], _counters)
     return int(counters["optimizer_steps"])
 
@@ -151,7 +151,10 @@ def _read(folder: Path, name: str, told: Told, read: Callable[[Path, str], tuple
     """What ``read`` makes of a file and its kind of hash; its bytes have to be those that were written."""
     try:
         content, found = read(folder / name, told.kind)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+    except OSError as error:  # also where it could be read the next time: an older one is better than none
+        fault = checkpoint.file_fault(folder, name, told) or checkpoint.unreadable(name, error)
+        raise DamagedError(fault) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
         if fault := checkpoint.file_fault(folder, name, told):
             raise DamagedError(fault) from error
         raise UserError(f'--resume: "{folder / name}" cannot be used: {error}') from error

@@ -40,7 +40,7 @@ class Tail:
     def read(self, *, final: bool = False) -> list[str]:
         """Lines that are new, as many as one read takes; ``final`` also takes a last line without an end."""
         lines, left, data = list[bytes](), AT_ONCE, b""
-        while left > 0 and (data := os.read(self._fd, CHUNK_BYTES)):
+        while left > 0 and (data := self._read()):
             left -= len(data)
             *whole, self._rest = (self._rest + data).split(b"\n")
             lines += whole
@@ -52,6 +52,13 @@ class Tail:
         text = [line.decode(errors="replace") for line in lines]
         self.last.extend(line for line in text if line.strip())
         return text
+
+    def _read(self) -> bytes:
+        """What comes next; nothing where the disk does not give it, as of a file server that is away, for now."""
+        try:
+            return os.read(self._fd, CHUNK_BYTES)
+        except OSError:
+            return b""
 
     def skip(self) -> bool:
         """Goes to the last lines, which are remembered; whether anything was left out so."""
@@ -173,4 +180,7 @@ class Child:
 def _empty_file(folder: Path, name: str) -> Tail:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     (folder / name).touch(mode=0o600)
-    return Tail(folder / name)
+    tail = Tail(folder / name)
+    tail.skip()  # what an earlier task, or a run of this name, has left in it was told then
+    tail.last.clear()
+    return tail

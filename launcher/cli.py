@@ -248,7 +248,11 @@ class _Start:
             show("\n".join(_explained(config, cluster)))
         self._running.tell(planned, self._hosts)
         report = Run(planned, self._agents, console, Record(planned, notes), self._patience()).until_done()
-        folder.keep_report(planned, report)
+        try:
+            folder.keep_report(planned, report)
+        except LaunchError as fault:  # it did run: what follows from how it ended, follows
+            if config.launch.max_restarts:  # else it is the last report too, which ends the same way
+                console.complain(str(fault))
         return report
 
     def _patience(self) -> Patience:
@@ -263,9 +267,10 @@ class _Start:
         site = folder.site_of(self._config, dry_run=True)
         surveys = discover.survey(self._agents, cwd=site.cwd, script=script, run_dir=site.run_dir)
         hosts = [entry.host for entry in self._hosts.entries]
-        if self._config.resume_step and not surveys[0]["checkpoints"]:
+        if (there := surveys[0]["newest_step"]) < self._config.resume_step:
+            has = f"has this run's checkpoints up to step {there} only" if there else "has no checkpoint of this run"
             raise LaunchError(
-                f"{hosts[0]}: has no checkpoint of this run, the newest known is of step {self._config.resume_step}: "
+                f"{hosts[0]}: {has}, the newest known is of step {self._config.resume_step}: "
                 f'"{site.run_dir}/checkpoints"; put --runs-dir where all hosts see it'
             )
         notes = checks.judge(hosts, facts, surveys, site.cwd, program)

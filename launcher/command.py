@@ -18,7 +18,7 @@ def run(name: str, work: Callable[[], int]) -> int:
     """The exit code of a command; what went wrong is said in a line that begins with its name."""
     _open_missing()
     try:
-        code = work()
+        code = _code_of(work)
         sys.stdout.flush()
     except (UserError, LaunchError) as fault:
         sys.stderr.write(f"{name}: {fault}\n")
@@ -38,6 +38,16 @@ def run(name: str, work: Callable[[], int]) -> int:
         sys.stderr.write(f"{name}: {fault.strerror or fault}{where}\n")
         return EXIT_FAILED
     return code
+
+
+def _code_of(work: Callable[[], int]) -> int:
+    """Also where argparse leaves by itself: what --help has written is yet to be flushed."""
+    try:
+        return work()
+    except SystemExit as left:
+        if not isinstance(left.code, int | None):
+            raise
+        return left.code or 0
 
 
 def _open_missing() -> None:

@@ -55,11 +55,15 @@ class Console:
 
     def step(self, event: Mapping[str, Any]) -> None:
         """A finished step of rank 0."""
+        try:
+            line, progress = render.step_line(event), render.progress_line(event)
+        except (TypeError, ValueError, OverflowError):  # of another's program: null for a loss, or no end in sight
+            return
         if event.get("log"):
-            self.say(render.step_line(event))
+            self.say(line)
         if self._is_terminal and not self._quiet:
             # Cut to the terminal's width: a line that wraps cannot be written over.
-            self._progress = render.progress_line(event)[: shutil.get_terminal_size().columns - 1]
+            self._progress = progress[: shutil.get_terminal_size().columns - 1]
             self._write("")
 
     def end_progress(self) -> None:

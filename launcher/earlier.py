@@ -43,6 +43,11 @@ def committed(run: Path) -> list[Path]:
     return [path for path in run.glob("checkpoints/step-*") if path.name.removeprefix("step-").isdecimal()]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a committed checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def newest_step(folder: Path) -> int:
     """Step of the newest checkpoint that the run's own reports tell of; 0: none does."""
     return max((_told_step(path) for path in (folder / REPORT, *folder.glob(f"attempt_*/{REPORT}"))), default=0)

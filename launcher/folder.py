@@ -86,11 +86,13 @@ def create(config: LaunchConfig, plan: LaunchPlan) -> None:
     try:
         attempt.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         attempt.mkdir(mode=0o700)
+        # The run's own config stays that of its first attempt: a resume that is refused must not change the run.
+        _write(plan, "config.json", config.to_json(), keep_first=True)
+        _write(plan, PLAN_FILE, plan.redacted().to_json())
     except OSError as fault:
-        raise UserError(f'--runs-dir: cannot make the run folder: "{attempt}"; {fault.strerror}') from fault
-    # The run's own config stays that of its first attempt: a resume that is refused must not change the run.
-    _write(plan, "config.json", config.to_json(), keep_first=True)
-    _write(plan, PLAN_FILE, plan.redacted().to_json())
+        text = f'--runs-dir: cannot make the run folder: "{attempt}"; {fault.strerror}'
+        # It could be made for the attempts before: a disk can be full, or away, for a while.
+        raise (LaunchError if config.resume_from else UserError)(text) from fault
 
 
 def keep_report(plan: LaunchPlan, report: RunReport) -> None:

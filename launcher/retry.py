@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from falcon_dist.contract import EXIT_UNSOUND, EXIT_USER_ERROR
@@ -45,6 +45,10 @@ class Past:
     """The launcher was asked to end, be it after the first failure."""
     asked_to_yield: bool = False
     """It was asked to make way, be it after the first failure or before it."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """How many ran on each host."""
+    micro_batches: int | None = None
+    """Of all ranks in a step, which hosts that are left have to share out evenly; None: nothing is to be shared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +67,8 @@ class Again:
     hosts: tuple[str, ...]
     without: tuple[str, ...] = ()
     """Hosts that are left out from now on."""
+    spare: tuple[str, ...] = ()
+    """Those of them that did not fail, but among which a step's rows cannot be divided."""
 
 
 def after(past: Sequence[Past], policy: Policy) -> Stop | Again:
@@ -81,7 +87,9 @@ def after(past: Sequence[Past], policy: Policy) -> Stop | Again:
         return Stop(why=f"not started again: {in_vain} restarts in a row brought no new checkpoint")
     hosts = _hosts(past, policy)
     without = tuple(h for h in last.hosts if h not in hosts)
-    return Again(delay_s=min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**in_vain), hosts=hosts, without=without)
+    spare = tuple(h for h in without if not _failed_too_often(h, past))
+    delay_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**in_vain)
+    return Again(delay_s=delay_s, hosts=hosts, without=without, spare=spare)
 
 
 def _refusal(last: Past, cause: Cause) -> str | None:
@@ -110,8 +118,23 @@ def _restarts_in_vain(past: Sequence[Past]) -> int:
 
 
 def _hosts(past: Sequence[Past], policy: Policy) -> tuple[str, ...]:
-    """The hosts of the last attempt without those that failed too often, where enough are left."""
+    """The hosts of the last attempt without those that failed too often, where enough are left.
+
+    As many of them as a step's rows can be divided among; all as before, where that are too few.
+    """
     hosts = past[-1].hosts
-    faults = Counter(one.failed_host for one in past)
-    kept = tuple(host for host in hosts if faults[host] < FAULTS_OF_A_HOST)
-    return kept if policy.min_nodes is not None and len(kept) >= max(1, policy.min_nodes) else hosts
+    kept = tuple(host for host in hosts if not _failed_too_often(host, past))
+    if policy.min_nodes is None or kept == hosts:
+        return hosts
+    counts = range(len(kept), max(1, policy.min_nodes) - 1, -1)
+    return next((kept[:count] for count in counts if _divide(kept[:count], past)), hosts)
+
+
+def _failed_too_often(host: str, past: Sequence[Past]) -> bool:
+    return Counter(one.failed_host for one in past)[host] >= FAULTS_OF_A_HOST
+
+
+def _divide(hosts: Sequence[str], past: Sequence[Past]) -> bool:
+    """Whether each of the ranks on these hosts gets as many micro-batches of a step as the others."""
+    told = next((one for one in reversed(past) if one.micro_batches and one.ranks.keys() >= {*hosts}), None)
+    return told is None or (told.micro_batches or 0) % sum(told.ranks[host] for host in hosts) == 0

@@ -69,7 +69,10 @@ class Process:
 
 def sign(plan: NodePlan) -> None:
     """Writes down the calling agent, for whoever wants to end its part of the run."""
-    write(Path(plan.roster), asdict(Process.this()))
+    path = Path(plan.roster)
+    # By itself: folders that are made on the way to another one are open to all.
+    path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write(path, asdict(Process.this()))
 
 
 def end(file: str) -> str:

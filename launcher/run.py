@@ -128,7 +128,7 @@ class Run:
         self._flushing = set(waiting)
 
     def _look_for_silence(self, ready: Collection[int]) -> None:
-        running = self._state.phase == "running"
+        running = self._state.phase in ("preparing", "running", "yielding")
         dead = silence.silent(self._living, ready, time.monotonic(), running=running)
         for node_rank in dead.node_ranks:
             self._lose(node_rank, dead.text, patience_s=0.0, blamed=dead.blamed)
@@ -279,7 +279,7 @@ class Run:
                     self._note(text)
             case {"event": "takes", "signal": "save"} if self._record.is_found_again(self._state.nodes_of[rank]):
                 self._happened(CanSave(rank=rank))
-            case {"event": "takes", "signal": "stop"}:
+            case {"event": "takes", "signal": "stop"} if rank == 0:  # which is the one that is asked
                 self._happened(CanStop())
             case {"event": "checkpoint", "path": path, "step": int(step)}:
                 self._record.committed(str(path), step)

@@ -40,10 +40,16 @@ def is_the_launchers(plan: NodePlan) -> bool:
 
 
 def kept(folder: Path) -> dict[str, str]:
-    """The small text files a rank has left in its folder, for a launcher that cannot see it; others stay there."""
-    found = [p for p in folder.iterdir() if p.is_file() and p.name not in NOT_KEPT]
-    small = [p for p in found if p.stat().st_size <= MOST_KEPT_BYTES]
-    texts = {path.name: _text_of(path) for path in small}
+    """The small text files a rank has left in its folder, for a launcher that cannot see it; others stay there.
+
+    None where the folder is gone or cannot be read.
+    """
+    try:
+        found = [p for p in folder.iterdir() if p.is_file() and p.name not in NOT_KEPT]
+        small = [p for p in found if p.stat().st_size <= MOST_KEPT_BYTES]
+        texts = {path.name: _text_of(path) for path in small}
+    except OSError:
+        return {}
     return {name: text for name, text in texts.items() if text is not None}
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from falcon_dist.config import TrainConfig
-from falcon_dist.contract import EXIT_FAILED
+from falcon_dist.contract import EXIT_FAILED, EXIT_USER_ERROR
 from launcher import ledger, render, retry
 from launcher.config import LaunchConfig
 from launcher.console import Console
@@ -88,12 +89,16 @@ class Series:
         # The first attempt begins when the run does: hosts had to be asked.
         start = began if self._entries else self._began
         self._entries.append(Entry(report=report, cause=cause, began_s=start, ended_s=time.monotonic()))
-        self._past.append(past_of(report, self._hosts, self._best_step()))
+        train = _pinned(self._config, len(report.ranks))
+        past = past_of(report, self._hosts, self._best_step())
+        # A program of somebody else divides its rows itself.
+        shared = None if self._config.program else (train.loop.global_batch or 0) // train.loop.micro_batch
+        self._past.append(dataclasses.replace(past, micro_batches=shared))
         self._config = dataclasses.replace(
             self._config,
             resume_from=report.run_dir,
             resume_step=max(self._config.resume_step, self._best_step()),
-            train=_pinned(self._config, len(report.ranks)),
+            train=train,
             launch=dataclasses.replace(self._config.launch, run_id=report.run_id),
         )
 
@@ -113,7 +118,11 @@ class Series:
 
     def _prepare_next(self, again: Again) -> None:
         if again.without:
-            self._console.say(f"without {', '.join(again.without)} from now on: it failed twice")
+            failed = [host for host in again.without if host not in again.spare]
+            self._console.say(f"without {', '.join(failed)} from now on: it failed twice")
+        if again.spare:
+            self._console.say(f"without {', '.join(again.spare)} too: a step's rows do not divide among more hosts")
+        if again.without:
             kept = tuple(entry for entry in self._hosts.entries if entry.host in again.hosts)
             self._hosts = dataclasses.replace(self._hosts, entries=kept)
         number = len(self._past)
@@ -160,13 +169,15 @@ def past_of(report: RunReport, hosts: Hostfile, checkpoint_step: int) -> Past:
     failed = None
     if cause is not None and cause.node_rank is not None:
         by_signal = rank is not None and cause.kind == "rank" and rank.signal is not None
-        if cause.kind in ("lost", "agent") or by_signal:
+        unprepared = cause.kind == "prepare" and cause.exit_code != EXIT_USER_ERROR
+        if cause.kind in ("lost", "agent", "hang") or by_signal or unprepared:
             failed = hosts.entries[cause.node_rank].host
     return Past(
         cause=cause,
         hosts=tuple(entry.host for entry in hosts.entries),
         failed_host=failed,
         checkpoint_step=checkpoint_step,
+        ranks=Counter(outcome.host for outcome in report.ranks),
         out_of_memory=rank is not None and rank.oom_kills > 0,
         interrupted=report.interrupted,
         asked_to_yield=report.asked_to_yield,

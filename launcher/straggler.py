@@ -37,6 +37,8 @@ class Paces:
             case {"busy_s": float(busy_s), "waited_s": float(waited_s)}:
                 self._busy.setdefault(rank, deque(maxlen=STEPS)).append(busy_s)
                 self._waited.setdefault(rank, deque(maxlen=STEPS)).append(waited_s)
+        if rank != max(self.hosts):  # once a step, not once for every rank
+            return None
         if len(self.hosts) < 2 or any(len(self._busy.get(r, ())) < STEPS for r in self.hosts):
             return None
         busy = {r: statistics.median(self._busy[r]) for r in self.hosts}

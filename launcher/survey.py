@@ -29,7 +29,7 @@ def take(cwd: str, script: str | None, run_dir: str) -> dict[str, Any]:
         "disk_bytes": _free_bytes(place),
         "writable": os.access(place, os.W_OK | os.X_OK),
         "place": str(place),
-        "checkpoints": len(earlier.committed(folder)) if exists else 0,
+        "newest_step": max(map(earlier.step_of, earlier.committed(folder)), default=0) if exists else 0,
     }
 
 

@@ -125,7 +125,15 @@ class Channel:
         if self._lines.received > before:  # a long event takes its time over a slow link, and is a sign of life
             self.heard_at = now
         self.held_at = now if self._lines.held else self.held_at
-        return [event for line in lines if (event := self._event(line)) is not None]
+        events, fault = list[dict[str, Any]](), None
+        for line in lines:
+            try:
+                events += filter(None, [self._event(line)])
+            except LaunchError as told:
+                fault = fault or told
+        if fault and not self.died:  # of an agent that was killed the last line may be half a one
+            raise fault
+        return events
 
     def send(self, command: str, **values: Any) -> None:
         """Sends a command; an agent that is gone is told by its end of stream, not here."""

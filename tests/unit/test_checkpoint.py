@@ -140,6 +140,29 @@ def test_refusals_name_their_reason(tmp_path: Path, damage, reason: str) -> None
     assert choice.refused[0][1] == reason
 
 
+def test_what_the_disk_does_not_give_is_refused_and_an_older_one_taken(tmp_path: Path) -> None:
+    """A read of /proc/self/mem at 0 fails with EIO, as one of a bad sector does."""
+    older, newer = commit(tmp_path, 1), tmp_path / checkpoint.folder_name(2)
+    with checkpoint.committed(tmp_path, 2, {}) as folder:
+        (folder / "train_state").mkdir()
+        (folder / "train_state" / "counters.json").write_text("")
+    (newer / "train_state" / "counters.json").unlink()
+    (newer / "train_state" / "counters.json").symlink_to("/proc/self/mem")
+    choice = checkpoint.newest_verified(tmp_path)
+    assert choice.newest.path == older
+    assert choice.refused == ((newer, "train_state/counters.json cannot be read: Input/output error"),)
+
+
+def test_only_one_with_the_optimizers_state_can_be_gone_on_with(tmp_path: Path) -> None:
+    with_state = commit(tmp_path, 7)
+    with checkpoint.committed(tmp_path, 10, {}) as folder:
+        (folder / "model.safetensors").write_text("weights")
+    choice = checkpoint.newest_verified(tmp_path, with_state=True)
+    assert choice.newest.path == with_state
+    assert choice.refused == ((tmp_path / "step-000010", checkpoint.NO_STATE),)
+    assert checkpoint.newest_verified(tmp_path).newest.step == 10
+
+
 def test_partial_folders_are_never_chosen_and_are_cleared(tmp_path: Path) -> None:
     (tmp_path / "step-000009.partial-1").mkdir()
     assert checkpoint.newest_verified(tmp_path) == checkpoint.Choice(None, ())

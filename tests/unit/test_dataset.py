@@ -69,6 +69,25 @@ def test_a_store_whose_bytes_have_changed_is_packed_anew(tmp_path: Path, capsys:
     assert f'"{file}" is not what was written (sha256 differs); packed anew' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("torn", [b"", b'{"facts": {', None])
+def test_a_store_whose_manifest_is_torn_is_packed_anew(tmp_path: Path, capsys, torn: bytes | None) -> None:
+    """So a host leaves it that goes down soon after it has packed the rows."""
+    config = DataConfig(name=str(write(tmp_path / "texts.jsonl", [{"text": t} for t in TEXT])), max_length=16)
+    store = prepare_rows(config, make_tokenizer())
+    whole, file = store.train.tokens.copy(), store.path / "manifest.json"
+    file.unlink() if torn is None else file.write_bytes(torn)
+    again = prepare_rows(config, make_tokenizer())
+    assert (again.train.tokens == whole).all()
+    assert capsys.readouterr().out == f'packed rows: "{file}" is torn or missing; packed anew\n'
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, cache: Path) -> None:
+    config = DataConfig(name=str(write(tmp_path / "texts.jsonl", [{"text": t} for t in TEXT])), max_length=16)
+    cache.write_text("in the way")
+    with pytest.raises(UserError, match=rf'cannot write in "{cache}/falcon-dist/rows": Not a directory; .*XDG_CACHE_'):
+        prepare_rows(config, make_tokenizer())
+
+
 def test_split_keeps_a_key_on_one_side(tmp_path: Path) -> None:
     file = write(tmp_path / "talks.jsonl", [talk(n) for n in range(200)])
     config = DataConfig(name=str(file), max_length=64, key_field="id", eval_share=0.3)

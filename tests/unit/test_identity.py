@@ -19,6 +19,7 @@ from falcon_dist import checkpoint, identity, resume
 from falcon_dist.config import LoraConfig, ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.native import load_config, load_model
+from falcon_dist.identity import digest_of
 from falcon_dist.merge import merge
 from falcon_dist.run import run_facts
 from falcon_dist.world import World
@@ -45,6 +46,13 @@ def test_what_a_digest_stands_for(tmp_path: Path, name: str, key: str, changed: 
     after = known(folder)
     assert {what for what in before if before[what] != after[what]} == changed
     assert len({*before.values()}) == 4
+
+
+def test_hosts_have_to_agree_on_the_model_and_not_on_versions() -> None:
+    one = {"tokenizer": "a", "model_config": "b", "code": "c", "software": "d", "base_weights": "e"}
+    for name in one:
+        same = digest_of({**one, name: "z"}) == digest_of(one)
+        assert same == (name in ("code", "software"))
 
 
 def test_adapters_have_the_configuration_of_their_model(tmp_path: Path) -> None:

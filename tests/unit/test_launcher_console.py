@@ -4,6 +4,9 @@ import os
 import select
 from pathlib import Path
 
+import pytest
+
+from launcher.console import Console
 from launcher.outlet import MOST_WAITING, Outlet
 
 
@@ -85,3 +88,13 @@ def test_an_output_that_cannot_be_written_is_told_once(capfd):
         outlet.close()
     told = "output cannot be written any more: No space left on device; the run folder has all\n"
     assert capfd.readouterr().err == told
+
+
+@pytest.mark.parametrize("odd", [{"loss": None}, {"eta_s": float("inf")}, {"step": 1, "total": "many"}])
+def test_a_step_that_another_program_tells_of_in_words_of_its_own_ends_nothing(odd, capfd):
+    console = Console(quiet=False)
+    console._is_terminal = True
+    step = {"event": "step", "step": 1, "total": 2, "eta_s": 1.0, "log": True, "loss": 1.0}
+    with console:
+        console.main_told({**step, **odd})
+    assert "Traceback" not in capfd.readouterr().err

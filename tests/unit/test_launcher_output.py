@@ -2,7 +2,8 @@
 
 from types import SimpleNamespace
 
-from launcher.child import AT_ONCE, TAIL_LINES, Tail
+from launcher import rundir
+from launcher.child import AT_ONCE, TAIL_LINES, Tail, _empty_file
 from launcher.crew import FLOOD_AT_END_BYTES, Crew
 
 
@@ -40,3 +41,21 @@ def test_the_end_of_a_process_does_not_wait_for_all_it_wrote(tmp_path):
     assert teller.told == ["note"]
     assert [int(line) for line in tail.last] == list(range(70_000))[-TAIL_LINES:]
     tail.close()
+
+
+def test_what_a_task_before_has_written_is_not_told_again(tmp_path):
+    (tmp_path / "stdout").write_text("of the one before\n")
+    tail = _empty_file(tmp_path, "stdout")
+    with (tmp_path / "stdout").open("a") as file:
+        file.write("of this one\n")
+    assert tail.read() == ["of this one"]
+    assert [*tail.last] == ["of this one"]
+    tail.close()
+
+
+def test_a_file_that_cannot_be_read_for_a_while_ends_no_agent(tmp_path):
+    """A folder gives EISDIR, as a file server that is away gives EIO."""
+    tail = Tail(tmp_path)
+    assert tail.read() == []
+    tail.close()
+    assert rundir.kept(tmp_path / "gone") == {}

@@ -72,3 +72,16 @@ def test_a_host_that_failed_twice_is_left_out_where_enough_are_left():
     assert after(twice, Policy(max_restarts=9, min_nodes=2)) == Again(delay_s=1.0, hosts=("a", "c"), without=("b",))
     assert after(twice, Policy(max_restarts=9, min_nodes=3)).hosts == HOSTS
     assert after(twice, FREELY).hosts == HOSTS
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "kept", "spare"),
+    [(None, "acd", ""), (12, "acd", ""), (8, "ac", "d"), (5, "abcd", "")],
+)
+def test_so_many_hosts_are_left_as_a_steps_rows_can_be_divided_among(micro_batches, kept, spare):
+    """Of four with a rank each, the second has failed twice."""
+    names = tuple("abcd")
+    one = dataclasses.replace(past(host="b", hosts=names), ranks=dict.fromkeys(names, 1), micro_batches=micro_batches)
+    decided = after([one, one], Policy(max_restarts=9, min_nodes=2))
+    assert (decided.hosts, decided.spare) == (tuple(kept), tuple(spare))
+    assert decided.without == tuple(name for name in names if name not in kept)

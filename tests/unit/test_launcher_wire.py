@@ -97,6 +97,18 @@ def test_what_a_login_prints_is_no_event():
     channel.close()
 
 
+def test_half_a_line_of_an_agent_that_was_killed_hides_nothing():
+    """What it had begun to say is ended, and followed, by the word of the one beside it."""
+    words = '{"event": "hello"}\\n{"event": "x"}\\n{"event": "outp\\n{"event": "died", "signal": 9}\\n'
+    channel = channel_to(f"print('{words}', end='')")
+    events = []
+    while not channel.ended:
+        events += channel.receive()
+    assert [event["event"] for event in events] == ["hello", "x", "died"]
+    assert channel.died == 9
+    channel.close()
+
+
 def test_the_courier_leaves_what_is_there_and_serves_no_stranger(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = tmp_path / "model"
@@ -292,11 +304,11 @@ def test_the_survey_does_not_ask_for_a_run_folder_that_will_be(tmp_path, monkeyp
     asked, stat = [], Path.stat
     monkeypatch.setattr(Path, "stat", lambda path, **how: (asked.append(path), stat(path, **how))[1])
     told = survey.take("/", None, str(tmp_path / "r"))
-    assert (told["place"], told["writable"], told["checkpoints"]) == (str(tmp_path), True, 0)
+    assert (told["place"], told["writable"], told["newest_step"]) == (str(tmp_path), True, 0)
     assert not [path for path in asked if path.is_relative_to(tmp_path / "r")]
     (tmp_path / "r/checkpoints/step-000001").mkdir(parents=True)
     told = survey.take("/", None, str(tmp_path / "r"))
-    assert (told["place"], told["checkpoints"]) == (str(tmp_path / "r"), 1)
+    assert (told["place"], told["newest_step"]) == (str(tmp_path / "r"), 1)
     assert survey.take("/", None, str(tmp_path / "not/yet/r"))["place"] == str(tmp_path)
 
 
@@ -354,6 +366,11 @@ def test_an_agent_has_signed_before_it_says_that_its_folder_is_its_own(tmp_path,
     monkeypatch.setattr(roster, "sign", lambda taken: signed.append(list(teller.told)))
     agent.Agent._prepare(told, plan.to_json())
     assert (signed, teller.told) == ([[]], ["apart", "prepared"])
+
+
+def test_a_run_folder_that_an_agent_makes_is_its_owners_alone(tmp_path):
+    roster.sign(node_plan(tmp_path))
+    assert {oct((tmp_path / name).stat().st_mode & 0o777) for name in ("runs/r", "runs/r/attempt_1")} == {"0o700"}
 
 
 def test_a_process_is_known_by_more_than_its_number():

@@ -231,4 +231,4 @@ def test_a_run_goes_on_only_where_its_newest_known_checkpoint_may_be(tmp_path):
 def test_the_survey_counts_whole_checkpoints(tmp_path):
     for name in ("step-000004", "step-000008.partial-shared12", "step-000012.refused-7"):
         (tmp_path / "r" / "checkpoints" / name).mkdir(parents=True)
-    assert survey.take("/", None, str(tmp_path / "r"))["checkpoints"] == 1
+    assert survey.take("/", None, str(tmp_path / "r"))["newest_step"] == 4

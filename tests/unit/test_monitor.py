@@ -58,6 +58,30 @@ def test_a_later_checkpoint_that_was_refused_outlives_none_that_is_sound(tmp_pat
     assert keeping.committed_steps(tmp_path) == left
 
 
+def test_one_that_was_refused_counts_for_nothing_once_training_is_past_it(tmp_path: Path) -> None:
+    """Resumed from 1000, because a bit of 1234 had flipped; it may have been the best, too."""
+    for step in (1000, 1234, 1500):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    rules = CheckpointConfig(keep_last=2, keep_best=True)
+    points = [Point(1000, 2.0), Point(1234, 1.0), Point(1500, 3.0)]
+    keeping.settle(tmp_path, 1500, rules, points, refused={1234})
+    assert keeping.committed_steps(tmp_path) == [1000, 1234, 1500]
+    assert (tmp_path / "best").resolve().name == "step-001000"
+
+
+def test_what_could_not_be_removed_is_told_and_tried_again(tmp_path: Path) -> None:
+    """A file in the place of a folder, which is not removed as one."""
+    left = tmp_path / "step-000002.partial-rotated-7"
+    left.write_text("")
+    (tmp_path / "step-000004").mkdir()
+    with pytest.raises(NotADirectoryError):
+        keeping.settle(tmp_path, 4, CheckpointConfig(keep_last=1), [])
+    left.unlink()
+    left.mkdir()
+    keeping.settle(tmp_path, 4, CheckpointConfig(keep_last=1), [])
+    assert not left.exists()
+
+
 def test_the_best_that_is_kept_stays_where_a_better_one_could_not_be_saved(tmp_path: Path) -> None:
     """Step 4 was better than 2, but the disk was full; 8 is the next that is saved."""
     rules, best = CheckpointConfig(keep_last=1, keep_best=True), tmp_path / "best"

@@ -13,6 +13,7 @@ import pytest
 from falcon_dist import checkpoint
 from falcon_dist.config import DataConfig, ModelConfig, TrainConfig
 from falcon_dist.contract import RankResult, UserError
+from falcon_dist.monitor import write_evaluation
 from falcon_dist.push import push
 
 HELD = {"loss": 2.0, "standard_error": 0.1, "tokens": 100, "records": 5}
@@ -54,6 +55,26 @@ def test_a_card_has_the_figures_of_its_own_step_or_none(saved: Path, capsys) -> 
     assert "| tuned | loss 1.5000" in measured
     assert "| tuned" not in unknown
     assert "Hello." not in measured + unknown
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\u0085"])
+def test_answers_may_hold_what_ends_a_line_elsewhere(saved: Path, capsys, sign: str) -> None:
+    run = saved.parent.parent
+    write_evaluation(run, 4, {"held_out": {**HELD, "loss": 1.5}, "answers": {"Hi?": f"One.{sign}Two."}})
+    assert push([str(save(run, 4)), "me/falcon-talks", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "| tuned | loss 1.5000" in out
+    assert f"> Hi?\n\nOne.{sign}Two.\n" in out
+
+
+@pytest.mark.parametrize("torn", ['{"step": 6, "held_o', '{"step": 6, "a": "\u00e9', "\0\0\0\0", "6", ""])
+def test_a_line_that_a_host_left_half_is_passed_over(saved: Path, capsys, torn: str) -> None:
+    run = saved.parent.parent
+    write_evaluation(run, 4, {"held_out": {**HELD, "loss": 1.5}})
+    with (run / "evaluations.jsonl").open("ab") as file:
+        file.write(torn.encode().removesuffix(b"\xa9") + b"\n")
+    assert push([str(save(run, 4)), "me/falcon-talks", "--dry-run"]) == 0
+    assert "| tuned | loss 1.5000" in capsys.readouterr().out
 
 
 def card_of(saved: Path, model: str, data: DataConfig, capsys) -> str:

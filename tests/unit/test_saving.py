@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import threading
 from pathlib import Path
 from typing import cast
 
@@ -10,7 +12,7 @@ import pytest
 from saves.ranks import bare_run, bare_saver
 from torch.distributed import HashStore
 
-from falcon_dist import checkpoint, keeping, tensor_file
+from falcon_dist import checkpoint, keeping, resume, tensor_file
 from falcon_dist.config import CheckpointConfig, Switch
 from falcon_dist.contract import UserError
 from falcon_dist.monitor import Point
@@ -20,10 +22,11 @@ from falcon_dist.team import Team
 from falcon_dist.world import World
 
 
-def saver_of(root: Path, rules: CheckpointConfig) -> Saver:
+def saver_of(root: Path, rules: CheckpointConfig, world_size: int = 1) -> Saver:
     run = bare_run(World(), {}, root)
     config = dataclasses.replace(run.config, checkpoint=rules)
     run = dataclasses.replace(run, config=config, strategy=make_strategy(config, World()))
+    run = dataclasses.replace(run, world=World(world_size=world_size))
     return bare_saver(run, Team(board=HashStore(), rank=0, writers=(0,)))
 
 
@@ -84,6 +87,37 @@ def test_the_last_save_that_fails_ends_the_run_and_one_before_it_does_not(
     with pytest.raises(UserError, match=r"cannot write in .*No space left on device; .* go on with --resume"):
         saver.finish()
     assert keeping.committed_steps(saver.run.checkpoints) == [2]
+
+
+def test_what_a_run_can_go_on_from_outlives_newer_ones_that_it_cannot(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path, CheckpointConfig(background="off", optimizer=False, keep_last=1))
+    saver.save(6, makes_way=True)
+    saver.run.strategy.keeps_state = False
+    for step in (8, 10):
+        saver.save(step)
+    assert keeping.committed_steps(saver.run.checkpoints) == [6, 10]
+    newest = resume._choice(saver.run, None).newest
+    assert newest is not None
+    assert newest.step == 6
+
+
+def test_no_rank_ends_before_all_have_heard_how_the_last_save_ended(tmp_path: Path) -> None:
+    """With rank 0 goes the store that the others ask."""
+    saver = saver_of(tmp_path, CheckpointConfig(background="on"), world_size=2)
+    ending = threading.Thread(target=saver.finish, daemon=True)
+    ending.start()
+    ending.join(0.5)
+    assert ending.is_alive()
+    dataclasses.replace(saver.team, rank=1).meet(2)
+    ending.join(10)
+    assert not ending.is_alive()
+
+
+def test_ranks_write_beside_training_where_all_have_the_memory(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path, CheckpointConfig(background="auto"), world_size=2)
+    for other, agreed in (("yes", True), ("no", False)):
+        saver.team.board.set("save/background/1", json.dumps(other))
+        assert saver._agreed_on_background(1) == agreed
 
 
 @pytest.mark.parametrize("background", ["on", "off"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import mmap
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,16 @@ def test_empty_tensors_lie_side_by_side_in_private_memory_that_huge_pages_are_as
     access, flags = mapping_of(tensors["odd"].data_ptr())
     assert access == "rw-p"  # what may be shared has huge pages only where tmpfs has them
     assert "hg" in flags
+
+
+def test_memory_comes_in_small_pages_where_the_kernel_knows_no_huge_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    tensor = tensor_file.empty({"a": ((3, 7), torch.float32)})["a"].fill_(2)
+    assert float(tensor.sum()) == 42
 
 
 def mapping_of(address: int) -> tuple[str, list[str]]:

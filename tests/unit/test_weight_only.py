@@ -15,7 +15,7 @@ from falcon_dist import checkpoint
 from falcon_dist.config import DataConfig, ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.native import load_model
-from falcon_dist.prepare import prepare
+from falcon_dist.prepare import find_model, prepare
 from falcon_dist.quantize import quantize
 from falcon_dist.weight_only import quantize_layers, ready, torchao, weight_bytes
 
@@ -113,6 +113,34 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be trusted: config.json has"):
         quantize([str(out), str(tmp_path / "damaged"), "--bits", "8"])
     assert not list(tmp_path.glob("*partial*"))
+
+
+def test_a_link_is_followed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that trains turns its "best" to another checkpoint when one has been verified."""
+    link = tmp_path / "best"
+    for step, changes in ((1, {}), (2, {"num_hidden_layers": 3})):
+        with checkpoint.committed(tmp_path, step, {}) as folder:
+            write(folder, "llama", **changes)
+    link.symlink_to("step-000001")
+
+    def turned(config: ModelConfig) -> str:
+        link.unlink()
+        link.symlink_to("step-000002")
+        return find_model(config)
+
+    monkeypatch.setattr("falcon_dist.quantize.find_model", turned)
+    assert quantize([str(link), str(tmp_path / "out"), "--bits", "8"]) == 0
+    facts = checkpoint.read(tmp_path / "out").facts
+    assert (facts["step"], facts["made_from"]) == (1, str(tmp_path / "step-000001"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize(("name", "why"), [("file/more/out", "Not a directory"), ("x" * 300, "File name too long")])
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, name: str, why: str) -> None:
+    source = write(tmp_path / "model", "llama")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f'cannot write ".*/{name}": {why}'):
+        quantize([str(source), str(tmp_path / name), "--bits", "8"])
 
 
 def test_adapters_are_merged_before_they_are_quantised(tmp_path: Path) -> None:
