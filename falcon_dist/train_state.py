@@ -152,8 +152,8 @@ def _read(folder: Path, name: str, told: Told, read: Callable[[Path, str], tuple
     try:
         content, found = read(folder / name, told.kind)
     except OSError as error:  # also where it could be read the next time: an older one is better than none
-        fault = checkpoint.file_fault(folder, name, told) or checkpoint.unreadable(name, error)
-        raise DamagedError(fault) from error
+        why = checkpoint.file_fault(folder, name, told) or checkpoint.unreadable(name, error)
+        raise DamagedError(why) from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
         if fault := checkpoint.file_fault(folder, name, told):
             raise DamagedError(fault) from error

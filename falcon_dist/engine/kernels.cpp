@@ -43,11 +43,34 @@ inline float exponential(float x) {
   return p * power;
 }
 
+inline float wide(float x) { return x; }
+
 inline long least(long a, long b) { return a < b ? a : b; }
+
+// sums: [ceil(count / kPiece)], each of the squares of a piece; whatever the threads are, the pieces are the same.
+template <typename Number>
+void square_sums(const Number* x, double* sums, long count, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long at = 0; at < count; at += kPiece) {
+    const long end = least(at + kPiece, count);
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (long i = at; i < end; ++i) sum += wide(x[i]) * wide(x[i]);
+    sums[at / kPiece] = sum;
+  }
+}
 
 }  // namespace
 
 extern "C" {
+
+void square_sums_of_bf16(const bf16* x, double* sums, long count, int threads) {
+  square_sums(x, sums, count, threads);
+}
+
+void square_sums_of_float(const float* x, double* sums, long count, int threads) {
+  square_sums(x, sums, count, threads);
+}
 
 // out = gate * sigmoid(gate) * up
 void swiglu(const bf16* gate, const bf16* up, bf16* out, long count, int threads) {
