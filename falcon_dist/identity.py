@@ -30,6 +30,8 @@ ADAPTERS: Final = ("base_weights", "lora_rank", "lora_alpha", "lora_targets")
 """Of strategy lora: what adapters stand beside, and how; their checkpoints do not hold it."""
 TOLD_ONLY: Final = ("code", "software")
 """A run may go on with newer versions of this project and what it stands on; that is said."""
+OPTIM: Final = "optim."
+"""Settings that a person may change on the way; that is said, too."""
 SOFTWARE: Final = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed")
 """Whose versions decide what a step computes."""
 NAMES: Final = {

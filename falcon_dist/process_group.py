@@ -101,3 +101,10 @@ def agree_on(number: int) -> int:
     box = torch.tensor([number], dtype=torch.int64)
     dist.broadcast(box, src=0)
     return int(box)
+
+
+def check_place(rank: int, world_size: int, world: World) -> None:
+    """The Trainer can silently train alone where it does not see the launcher's group; here that is an error."""
+    if (rank, world_size) != (world.rank, world.world_size):
+        told = f"launched as rank {world.rank} of {world.world_size}"
+        raise RuntimeError(f"{told}, but the trainer is rank {rank} of {world_size}")

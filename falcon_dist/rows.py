@@ -123,6 +123,12 @@ def damaged_file(path: Path) -> str | None:
     return None
 
 
+def check_whole(path: Path) -> None:
+    """Raises UserError for a committed store of which a byte is not what was written."""
+    if name := damaged_file(path):
+        raise _damaged(path / name, path)
+
+
 def _sha256(path: Path) -> str | None:
     """Hex; None: it cannot be read."""
     try:

@@ -6,12 +6,13 @@ import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from falcon_dist.config import TrainConfig
 from falcon_dist.evaluate import HeldOut
+from falcon_dist.identity import OPTIM
 from falcon_dist.metrics import Reporter
 from falcon_dist.order import Schedule
 from falcon_dist.prepare import Prepared
@@ -52,6 +53,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "seed": run.config.seed,
         "precision": run.config.precision,
         "strategy": run.config.strategy,
+        **{f"{OPTIM}{name}": value for name, value in asdict(run.config.optim).items()},
         **run.identity,
     }
 

@@ -52,7 +52,9 @@ class Saver:
     def __post_init__(self) -> None:
         self._copies = Copies()
         self._compared = 0
-        self._in_background: bool | None = None
+        # What all ranks agreed on; None: not yet. A survivor that is asked for the state writes it from where it is.
+        self._beside_training: bool | None = None
+        self._may_copy = True
         # Of the newest save, where training waited for its end: the writer knows of one under way only.
         self._fault: str | None = None
         self._writer = Writer(self.team)
@@ -143,7 +145,7 @@ class Saver:
         """What comes now is the last checkpoint of this attempt, which the next one goes on from."""
         if not self.run.strategy.keeps_state:
             self.run.strategy.keeps_state = True
-            self._in_background = False  # no copy of so much was reckoned with
+            self._may_copy = False  # no copy of so much was reckoned with
 
     def _kept(self) -> Kept | None:
         return self.run.strategy.kept(self.model, self.tokenizer, self.optimizer)
@@ -157,21 +159,21 @@ class Saver:
         mine = tuple(shard for shard in shards if self.team.writers[shard.writer] == self.team.rank)
         live = kept.tensors
         tensors = {name: live[name] for shard in mine for name in shard.tensors}
-        if self._in_background is None:
-            self._in_background = self._agreed_on_background(sum(tensor.nbytes for tensor in tensors.values()))
+        if self._beside_training is None:
+            self._beside_training = self._agreed_on_background(sum(tensor.nbytes for tensor in tensors.values()))
+        copies = self._beside_training and self._may_copy
         job = Job(
             root=self.run.checkpoints,
             step=step,
             total_bytes=sum(tensor.nbytes for tensor in live.values()),
             shards=mine,
-            tensors=self._copied(tensors) if self._in_background else tensors,
+            tensors=self._copied(tensors) if copies else tensors,
             write_rest=partial(train_state.write_rest, kept=kept, shards=shards),
             facts=self._facts(),
         )
         self._writer.begin(job, partial(self._settle, step, tuple(self.monitor.points)))
-        self._fault = None
-        if not self._in_background:
-            self._fault = self._writer.finish()
+        self._fault = None if copies else self._writer.finish()
+        if not self._beside_training:
             self._meet()  # removing older ones may take rank 0 longer than a collective waits
 
     def _meet(self) -> None:

@@ -49,10 +49,10 @@ from falcon_dist.monitor import (
 from falcon_dist.order import plan_schedule
 from falcon_dist.pace import Pace
 from falcon_dist.prepare import Prepared
-from falcon_dist.process_group import open_group, same_everywhere
+from falcon_dist.process_group import check_place, open_group, same_everywhere
 from falcon_dist.profiling import ProfileCallback, check_profile
 from falcon_dist.resume import restore, resume_point
-from falcon_dist.rows import PackedStore
+from falcon_dist.rows import PackedStore, check_whole
 from falcon_dist.run import Run, closing_lines, opening_lines
 from falcon_dist.saving import Saver
 from falcon_dist.soundness import Soundness
@@ -142,6 +142,8 @@ def _train_in_group(run: Run, team: Team, seen: affinity.Observed, *, resume: bo
         stay_in_place(model)
         run.strategy.ready(model)
         changes = _optimized(run, model)
+        if run.world.node_rank and not run.world.local_rank:  # node 0 has read them all before any rank started
+            check_whole(Path(run.prepared.rows))
         team.meet(run.world.world_size)  # one host may read its files sooner than another
         chosen = resume_point(run, team) if resume else None
     before = measure_base(run, team, model, tokenizer)
@@ -268,7 +270,7 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
         where = run.reporter.rank_dir or run.folder
         trainer.add_callback(ProfileCallback(run.config.report.profile, where, run.reporter.line))
     trainer.remove_callback(PrinterCallback)  # steps are told by our own callback
-    check_trainer(trainer, run.world)
+    check_place(trainer.args.process_index, trainer.args.world_size, run.world)
     try:
         trainer.train()
     except Exception as error:
@@ -290,12 +292,3 @@ def _evaluate(run: Run, monitor: Monitor, trainer: PackedTrainer, step: int) -> 
     if monitor.last and monitor.last[0] == step:
         trainer.log(evaluation_logs(monitor.last[1]))
     return verdict
-
-
-def check_trainer(trainer: PackedTrainer, world: World) -> None:
-    """The Trainer can silently train alone where it does not see the launcher's group; here that is an error."""
-    if trainer.args.world_size != world.world_size or trainer.args.process_index != world.rank:
-        raise RuntimeError(
-            f"launched as rank {world.rank} of {world.world_size}, but the trainer is rank "
-            f"{trainer.args.process_index} of {trainer.args.world_size}"
-        )

@@ -238,17 +238,20 @@ class Crew:
             case "prepare" if status == 0:
                 self._next_task()
             case "prepare":
-                self._host.emit("prepared", tail=last, **how)
+                self._host.emit("prepared", tail=last, oom_kills=self._new_oom_kills(), **how)
             case _:
                 self.note_once(f"the rendezvous store ended early: {' '.join(last[-1:]) or how}")
 
     def _rank_ended(self, child: Child, rss_bytes: int, **how: Any) -> None:
         result = RankResult.read(child.order.folder)
         told = dataclasses.asdict(result) if result else None
-        before, self._oom_kills = self._oom_kills, memory.oom_kills()
         files = {} if self._shared else rundir.kept(child.order.folder)
-        facts = {"oom_kills": self._oom_kills - before, "rss_bytes": rss_bytes, "files": files}
+        facts = {"oom_kills": self._new_oom_kills(), "rss_bytes": rss_bytes, "files": files}
         self._host.emit("exited", rank=child.order.rank, result=told, **facts, **how)
+
+    def _new_oom_kills(self) -> int:
+        before, self._oom_kills = self._oom_kills, memory.oom_kills()
+        return self._oom_kills - before
 
     def note_once(self, text: str) -> None:
         """Tells the launcher something it should pass on, the first time only."""

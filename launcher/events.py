@@ -23,6 +23,8 @@ class Cause:
     text: str = ""
     echo: bool = False
     """Likely the answer to a failure elsewhere, of which nothing was heard yet."""
+    oom_kills: int = 0
+    """Of a preparation: processes of its cgroup that the kernel killed for memory; of ranks see RankOutcome."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +50,8 @@ class Prepared:
     """Where, if there is more than one node."""
     echo: bool = False
     """Its last words are of node 0, from which it was to have something, that is gone."""
+    oom_kills: int = 0
+    """Processes of its cgroup that the kernel killed for memory in the meantime."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

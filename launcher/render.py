@@ -152,7 +152,8 @@ def _cause_lines(report: RunReport) -> list[str]:
     if cause.kind == "prepare":
         where = f" on {cause.text}" if cause.text else ""
         code = cause.exit_code
-        return [f"preparing failed{where}: exit code {code}", *_indented(report.prepare_tail, code)]
+        memory = f"out of memory, cgroup oom_kill +{cause.oom_kills}, " if cause.oom_kills else ""
+        return [f"preparing failed{where}: {memory}exit code {code}", *_indented(report.prepare_tail, code)]
     if rank is None or cause.kind == "hang":
         stacks = f"  stacks: {report.run_dir}/attempt_{report.attempt}/rank_*/{STACKS_FILE}"
         return [cause.text, *([stacks] if cause.kind == "hang" else [])]

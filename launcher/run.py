@@ -214,8 +214,8 @@ class Run:
                 self._check(rank, self._record.spawned(rank, cpus))
             case {"event": "exited", "rank": rank}:
                 self._on_exit(node_rank, rank, event)
-            case {"event": "prepared", "code": code, "signal": number}:
-                self._on_prepared(node_rank, Ended(code=code, signal=number), tuple(event.get("tail", ())))
+            case {"event": "prepared"}:
+                self._on_prepared(node_rank, event)
             case {"event": "apart"}:
                 self._mirror.told_apart(self._plan.nodes[node_rank])
             case {"event": "stacks", "ranks": list(ranks)}:
@@ -251,10 +251,12 @@ class Run:
         ended = self._record.exited(rank, event)
         self._happened(Exited(rank=rank, ended=ended, echo=self._record.is_echo(rank)))
 
-    def _on_prepared(self, node_rank: int, ended: Ended, tail: tuple[str, ...]) -> None:
-        echo = self._record.prepared(node_rank, ended, tail)
+    def _on_prepared(self, node_rank: int, event: dict[str, Any]) -> None:
+        ended = Ended(code=event["code"], signal=event["signal"])
+        told = {"echo": self._record.prepared(node_rank, ended, tuple(event.get("tail", ())))}
+        told |= {"oom_kills": event.get("oom_kills", 0)}
         where = self._channels[node_rank].host if len(self._channels) > 1 else ""
-        self._happened(Prepared(node_rank=node_rank, ended=ended, text=where, echo=echo))
+        self._happened(Prepared(node_rank=node_rank, ended=ended, text=where, **told))
 
     def _on_stacks(self, node_rank: int, ranks: list[dict[str, str]]) -> None:
         host = self._channels[node_rank].host

@@ -178,7 +178,7 @@ def past_of(report: RunReport, hosts: Hostfile, checkpoint_step: int) -> Past:
         failed_host=failed,
         checkpoint_step=checkpoint_step,
         ranks=Counter(outcome.host for outcome in report.ranks),
-        out_of_memory=rank is not None and rank.oom_kills > 0,
+        out_of_memory=(rank is not None and rank.oom_kills > 0) or (cause is not None and cause.oom_kills > 0),
         interrupted=report.interrupted,
         asked_to_yield=report.asked_to_yield,
     )

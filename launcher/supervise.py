@@ -164,7 +164,8 @@ def _prepared(state: RunState, event: Prepared) -> Decision:
     node, code = event.node_rank, event.ended.exit_code
     state = dataclasses.replace(state, preparing=state.preparing - {node})
     if code:
-        cause = Cause(kind="prepare", node_rank=node, exit_code=code, text=event.text, echo=event.echo)
+        where, killed = event.text, event.oom_kills
+        cause = Cause(kind="prepare", node_rank=node, exit_code=code, text=where, echo=event.echo, oom_kills=killed)
         return _settle(state, cause)
     if state.phase == "preparing" and not state.preparing:
         return dataclasses.replace(state, phase="running", alive=frozenset(range(len(state.nodes_of)))), (StartRanks(),)

@@ -16,7 +16,7 @@ from tiny_models import falcon_7b, make_model, make_tokenizer, write_adapters, w
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from falcon_dist import checkpoint, identity, resume
-from falcon_dist.config import LoraConfig, ModelConfig, TrainConfig
+from falcon_dist.config import LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.native import load_config, load_model
 from falcon_dist.identity import digest_of
@@ -234,3 +234,15 @@ def test_a_checkpoint_may_know_its_rows_by_their_bytes_or_as_older_ones_did(tmp_
         else:
             with pytest.raises(UserError, match="data \\(packed rows\\) was"):
                 resume._check_same_run(now, chosen)
+
+
+def test_another_learning_rate_is_told_and_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = bare_run(World(), {}, tmp_path)
+    config = dataclasses.replace(made.config, optim=OptimConfig(lr=1e-3))
+    chosen = checkpoint.Checkpoint(tmp_path, 1, run_facts(made))
+    resume._check_same_run(made, chosen)
+    assert "settings" not in capsys.readouterr().out
+    resume._check_same_run(dataclasses.replace(made, config=config), chosen)
+    told = capsys.readouterr().out.splitlines()
+    start = told.index("with other settings from here on:")
+    assert [line.split() for line in told[start + 1 : start + 3]] == [["then", "now"], ["optim.lr", "2e-05", "0.001"]]

@@ -16,7 +16,7 @@ from falcon_dist.contract import UserError
 from falcon_dist.dataset import Skipped
 from falcon_dist.packing import Row
 from falcon_dist.records import Fault
-from falcon_dist.rows import PackedStore, Parts, damaged_file, write_store
+from falcon_dist.rows import PackedStore, Parts, check_whole, damaged_file, write_store
 
 ROW = Row(tokens=np.arange(4, dtype=np.int32), records=np.zeros(4, np.int32), mask=np.ones(4, np.uint8))
 CANNOT_WRITE = r'packed rows: cannot write in "{}": {}; make room there, or set \$XDG_CACHE_HOME to a folder on another'
@@ -106,3 +106,11 @@ def test_what_fails_while_the_data_is_read_is_not_the_cache(tmp_path: Path) -> N
 
     with pytest.raises(ConnectionError, match="the hub is gone"):
         write_store(tmp_path / "store", reading)
+
+
+def test_a_copy_of_the_same_size_with_another_byte_is_damaged(store: Path) -> None:
+    check_whole(store)
+    tokens = store / "train" / "tokens.bin"
+    tokens.write_bytes(b"\1" + tokens.read_bytes()[1:])
+    with pytest.raises(UserError, match=r"train/tokens.bin\" is damaged; delete \".*\" and start again"):
+        check_whole(store)
