@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from launcher.cluster import HostFacts
 from launcher.config import Program
-from launcher.errors import HostError, UserError
+from launcher.errors import HostError, LaunchError, UserError
 from launcher.render import table
 
 OURS: Final = ("falcon-dist", "torch", "transformers", "trl", "accelerate")
@@ -99,3 +99,25 @@ def _notes(hosts: Sequence[str], surveys: Sequence[Mapping[str, Any]]) -> tuple[
         if told["disk_bytes"] < LEAST_DISK_BYTES:
             notes.append(f"{host} has {told['disk_bytes'] / 1e9:.1f} GB left where the run folder is: {told['place']}")
     return tuple(notes)
+
+
+def older_checkpoints(host: str, there: int, known: int, made: int, run_dir: str) -> tuple[str, ...]:
+    """What to say where node 0 has older checkpoints of a run than there have been. Pure.
+
+    Args:
+        host: node 0.
+        there: step of the newest one that it has; 0: none.
+        known: step of the newest one that the run's reports tell of.
+        made: of the newest one that the attempts before this one have made.
+        run_dir: where it looked.
+
+    Raises:
+        LaunchError: it has none, or lacks what was made just now: it is on another host's disk.
+    """
+    if there >= known:
+        return ()
+    has = f"has this run's checkpoints up to step {there} only" if there else "has no checkpoint of this run"
+    text = f'{host}: {has}, the newest known is of step {known}: "{run_dir}/checkpoints"'
+    if not there or there < made:
+        raise LaunchError(f"{text}; put --runs-dir where all hosts see it")
+    return (text,)

@@ -267,14 +267,11 @@ class _Start:
         site = folder.site_of(self._config, dry_run=True)
         surveys = discover.survey(self._agents, cwd=site.cwd, script=script, run_dir=site.run_dir)
         hosts = [entry.host for entry in self._hosts.entries]
-        if (there := surveys[0]["newest_step"]) < self._config.resume_step:
-            has = f"has this run's checkpoints up to step {there} only" if there else "has no checkpoint of this run"
-            raise LaunchError(
-                f"{hosts[0]}: {has}, the newest known is of step {self._config.resume_step}: "
-                f'"{site.run_dir}/checkpoints"; put --runs-dir where all hosts see it'
-            )
+        older = checks.older_checkpoints(
+            hosts[0], surveys[0]["newest_step"], self._config.resume_step, self._config.made_step, site.run_dir
+        )
         notes = checks.judge(hosts, facts, surveys, site.cwd, program)
-        return (*notes, *checks.clock_notes(hosts, discover.clock_offsets(self._agents)))
+        return (*older, *notes, *checks.clock_notes(hosts, discover.clock_offsets(self._agents)))
 
     def _open(self, cluster: Cluster) -> Opened:
         courier = planner.needs_courier(self._config, len(cluster.nodes))

@@ -105,6 +105,8 @@ class LaunchConfig:
     """Run folder that is continued; None: a new run."""
     resume_step: int = 0
     """Step of the newest checkpoint it is known to have; 0: not known."""
+    made_step: int = 0
+    """Step of the newest checkpoint that the attempts before this one have made: nobody has had the time to remove it."""
     left_out: tuple[str, ...] = ()
     """Settings of that run which a job has no use for."""
     notes: tuple[str, ...] = ()

@@ -98,6 +98,7 @@ class Series:
             self._config,
             resume_from=report.run_dir,
             resume_step=max(self._config.resume_step, self._best_step()),
+            made_step=self._best_step(),
             train=train,
             launch=dataclasses.replace(self._config.launch, run_id=report.run_id),
         )

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from launcher import agent, courier, roster, rundir, survey
-from launcher.checks import clock_notes, judge
+from launcher.checks import clock_notes, judge, older_checkpoints
 from launcher.cluster import HostFacts
 from launcher.config import Program
 from launcher.crew import Crew
@@ -439,3 +439,14 @@ def test_differences_without_harm_are_notes():
 def test_clocks_that_are_off_are_told():
     told = clock_notes(["a", "b", "c"], [0.0, 3600.2, -0.9])
     assert told == ("b: its clock is +3600 s off, and so are times in its logs",)
+
+
+def test_a_run_goes_on_from_what_a_person_has_left_and_not_from_what_another_host_lacks():
+    """Who takes the newest away wants an older one; a host that took over has what it once was sent."""
+    assert older_checkpoints("a", 8, 8, 8, "/r") == ()
+    left = 'a: has this run\'s checkpoints up to step 4 only, the newest known is of step 8: "/r/checkpoints"'
+    assert older_checkpoints("a", 4, 8, 0, "/r") == (left,)
+    with pytest.raises(LaunchError, match=r"up to step 4 only, .* put --runs-dir where all hosts see it"):
+        older_checkpoints("a", 4, 8, 8, "/r")
+    with pytest.raises(LaunchError, match=r"a: has no checkpoint of this run, the newest known is of step 8"):
+        older_checkpoints("a", 0, 8, 0, "/r")
