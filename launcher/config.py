@@ -106,7 +106,7 @@ class LaunchConfig:
     resume_step: int = 0
     """Step of the newest checkpoint it is known to have; 0: not known."""
     made_step: int = 0
-    """Step of the newest checkpoint that the attempts before this one have made: nobody has had the time to remove it."""
+    """Step of the newest checkpoint that the attempts before this one made: no person has had time to remove it."""
     left_out: tuple[str, ...] = ()
     """Settings of that run which a job has no use for."""
     notes: tuple[str, ...] = ()
