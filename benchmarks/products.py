@@ -23,6 +23,8 @@ from falcon_dist.engine import widened
 SIZES: Final = {
     "one token": (1, 576, 1536),
     "16 tokens": (16, 576, 1536),
+    "LoRA, to rank 8": (512, 576, 8),
+    "LoRA, from rank 8": (512, 8, 576),
     "demo, MLP": (512, 576, 1536),
     "demo, head": (256, 576, 49152),
     "Falcon-7B, 128 tokens": (128, 4544, 4544),

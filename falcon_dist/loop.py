@@ -98,6 +98,8 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         if isinstance(optimizer, MasterAdamW):
             with self._clock.part("optimize"):
                 norm = gradient_norm(list(model.parameters()))
+            with self._clock.part("communicate"):
+                norm = self._soundness.agreed(norm)
             optimizer.clip(float(norm), self.args.max_grad_norm)
         else:
             norm = torch.as_tensor(super()._clip_grad_norm(model))
@@ -107,12 +109,10 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
     def _replay(self) -> bool:
         """This step's gradients again, of this rank alone: are they finite?"""
         trained = [param for param in self.model.parameters() if param.requires_grad]
-        for inputs, labels, factor in self._micro_batches:
-            # Not by backward, which would have them summed over ranks again.
-            grads = torch.autograd.grad(self.form.loss(self.model, inputs, labels, factor), trained, allow_unused=True)
-            if not math.isfinite(float(norm_of([grad for grad in grads if grad is not None]))):
-                return False
-        return True
+        losses = (self.form.loss(self.model, *given) for given in self._micro_batches)
+        # Not by backward, which would have them summed over ranks again.
+        found = (torch.autograd.grad(loss, trained, allow_unused=True) for loss in losses)
+        return all(math.isfinite(norm_of([grad for grad in grads if grad is not None])) for grads in found)
 
 
 class RowCollator:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from falcon_dist.contract import UnsoundError
+from falcon_dist.engine import kernels
 from falcon_dist.order import Schedule
 from falcon_dist.world import World
 
@@ -39,16 +40,26 @@ class Soundness:
         """
         if math.isfinite(norm):
             return
-        guilty = [rank for rank, sound in enumerate(self._gather(replay())) if not sound]
+        guilty = [rank for rank, sound in enumerate(self._gather(float(replay()))) if not sound]
         places = "; ".join(map(self._place, guilty)) or "every rank's own gradients are finite, their sum is not"
         raise UnsoundError(f"gradient norm is {norm} at step {self.step}: {places}")
 
-    def _gather(self, sound: bool) -> Sequence[bool]:
+    def agreed(self, norm: torch.Tensor) -> torch.Tensor:
+        """The fp32 norm that all ranks clip by: rank 0's, or one that is not finite; to be called by all ranks.
+
+        Each rank has summed the same gradients, but processors of other kinds sum in other orders: norms of their own,
+        apart by a last bit, would take the ranks' weights apart.
+        """
+        told = self._gather(float(norm))
+        return torch.tensor(next((x for x in told if not math.isfinite(x)), told[0]), dtype=torch.float32)
+
+    def _gather(self, mine: float) -> list[float]:
+        """What each rank says, an fp32 number."""
         if self._world.world_size == 1:
-            return [sound]
-        told = [torch.zeros(1) for _ in range(self._world.world_size)]
-        dist.all_gather(told, torch.tensor([float(sound)]))
-        return [bool(flag) for flag in told]
+            return [mine]
+        told = [torch.zeros(1, dtype=torch.float32) for _ in range(self._world.world_size)]
+        dist.all_gather(told, torch.tensor([mine], dtype=torch.float32))
+        return [float(number) for number in told]
 
     def _place(self, rank: int) -> str:
         return f"rank {rank} had rows {self._schedule.rows_of_rank(self.step - 1, rank)}"
@@ -61,7 +72,12 @@ def gradient_norm(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def norm_of(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """The same of gradients that are at hand."""
-    flat = [gradient.reshape(-1) for gradient in gradients]
-    pieces = [piece for gradient in flat for piece in gradient.split(PIECE)]  # type: ignore[no-untyped-call]
-    norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    total = math.fsum(_square_sum(gradient.reshape(-1)) for gradient in gradients)
+    return torch.tensor(total, dtype=torch.float32).sqrt()
+
+
+def _square_sum(flat: torch.Tensor) -> float:
+    if (found := kernels.square_sum(flat)) is not None:
+        return found
+    pieces = flat.split(PIECE)  # type: ignore[no-untyped-call]
+    return math.fsum(float(torch.linalg.vector_norm(piece, dtype=torch.float32)) ** 2 for piece in pieces)

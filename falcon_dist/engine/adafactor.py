@@ -7,7 +7,7 @@ rounding is kept on average, by rounding up as often as the lost part is large.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -36,6 +36,8 @@ class Adafactor(NamedOptimizer):
         weight_decay: decoupled, times lr.
         max_grad_norm: each parameter's gradient is scaled down to this norm before anything else; 0: never.
         seed: of the rounding; the same on every rank, or replicas would drift apart.
+        agree: makes fp32 tensors those of rank 0, in place, where there are several ranks. Sums over a gradient differ
+            in last bits between kinds of processors and numbers of threads; all else is done number by number.
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class Adafactor(NamedOptimizer):
         weight_decay: float = 0.0,
         max_grad_norm: float = 0.0,
         seed: int = 0,
+        agree: Callable[[Sequence[Tensor]], None] = lambda _: None,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.max_grad_norm = max_grad_norm
         self._seed = seed
+        self._agree = agree
         self._noise = _noise(seed)
         self._places = {
             param: (group, number)
@@ -57,7 +61,9 @@ class Adafactor(NamedOptimizer):
         }
         # Before any gradient: what stays must not lie where a gradient was, or the next one finds no room there.
         for param in self._places:
-            self.state[param] = {kind: torch.zeros(shape) for kind, shape in state_shapes(param).items()}
+            self.state[param] = {
+                kind: torch.zeros(shape, dtype=torch.float32) for kind, shape in state_shapes(param).items()
+            }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -76,16 +82,8 @@ class Adafactor(NamedOptimizer):
         """
         group, number = self._places[param]
         matrix, slopes = _matrix(param), _matrix(grad)
-        shrink = self._shrink(slopes)
-        state = self.state[param]
-        beta = 1.0 - (self.steps + 1) ** -DECAY
-        if "row" in state:
-            rows, columns = _factors(slopes, shrink, state, beta)
-        else:
-            state["square"].lerp_(_copy(slopes).mul_(shrink).square_().add_(EPS_SQUARE).view_as(param), 1.0 - beta)
-            rows, columns = None, state["square"].rsqrt().view(1, -1)
-        scale = shrink * group["lr"] / max(1.0, _rms(slopes, rows, columns) * shrink / MAX_RMS)
-        keep = 1.0 - group["lr"] * group["weight_decay"]
+        scale, rows, columns = self._sums(param, slopes)
+        scale, keep = scale * group["lr"], 1.0 - group["lr"] * group["weight_decay"]
         dither = self._dither(number) if param.dtype == torch.bfloat16 else None
         for part, at, weights in _blocks(matrix):
             update = _scaled(slopes[part], rows, columns, part).mul_(scale)
@@ -93,6 +91,22 @@ class Adafactor(NamedOptimizer):
             if dither is not None:
                 round_stochastic_(fresh, _noise_at(self._noise, dither + at, fresh.numel()).view_as(fresh))
             weights.copy_(fresh)
+
+    def _sums(self, param: Tensor, slopes: Tensor) -> tuple[float, Tensor | None, Tensor]:
+        """All that is summed over a gradient, the same on every rank: the second moment's part, clipping included.
+
+        Returns:
+            A factor on the gradient, and one over the root of its second moment, as ``_roots`` has it.
+        """
+        shrink = self._shrink(slopes)
+        state = self.state[param]
+        _remember(slopes, shrink, state, 1.0 - (self.steps + 1) ** -DECAY)
+        mean = float(state["row"].mean()) if "row" in state else 1.0
+        size = _rms(slopes, *_roots(state, mean))
+        told = torch.tensor([mean, shrink / max(1.0, size * shrink / MAX_RMS)], dtype=torch.float32)
+        self._agree([*state.values(), told])
+        mean, scale = told.tolist()
+        return scale, *_roots(state, mean)
 
     def _shrink(self, slopes: Tensor) -> float:
         norm = float(norm_of([slopes]))  # in pieces: of a whole bf16 tensor the kernel makes an fp32 copy
@@ -159,18 +173,32 @@ def _blocks(matrix: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
         yield part, start * matrix.shape[1], matrix[part]
 
 
-def _factors(slopes: Tensor, shrink: float, state: Mapping[str, Tensor], beta: float) -> tuple[Tensor, Tensor]:
-    """Takes a gradient into the factored second moment; returns 1 / its root as [R, 1] and [1, C] factors."""
-    rows = torch.empty(slopes.shape[0])
-    columns = torch.zeros(slopes.shape[1])
+def _remember(slopes: Tensor, shrink: float, state: Mapping[str, Tensor], beta: float) -> None:
+    """Takes a gradient into the second moment."""
+    if "square" in state:
+        squares = _copy(slopes).mul_(shrink).square_().add_(EPS_SQUARE)
+        state["square"].lerp_(squares.view_as(state["square"]), 1.0 - beta)
+        return
+    rows = torch.empty(slopes.shape[0], dtype=torch.float32)
+    columns = torch.zeros(slopes.shape[1], dtype=torch.float32)
     for part, _, grads in _blocks(slopes):
         squares = _copy(grads).square_()
         torch.mean(squares, dim=1, out=rows[part])
         columns += squares.sum(0)
     for kind, found in (("row", rows), ("column", columns.div_(slopes.shape[0]))):
         state[kind].lerp_(found.mul_(shrink * shrink).add_(EPS_SQUARE), 1.0 - beta)
-    row, column = state["row"], state["column"]
-    return (row / row.mean()).rsqrt_().unsqueeze(1), column.rsqrt().unsqueeze(0)
+
+
+def _roots(state: Mapping[str, Tensor], mean: float) -> tuple[Tensor | None, Tensor]:
+    """1 / the second moment's root, as [R, 1] and [1, C] factors; a vector has no first one.
+
+    Args:
+        state: of a parameter.
+        mean: of its rows.
+    """
+    if "square" in state:
+        return None, state["square"].rsqrt().view(1, -1)
+    return (state["row"] / mean).rsqrt_().unsqueeze(1), state["column"].rsqrt().unsqueeze(0)
 
 
 def _copy(tensor: Tensor) -> Tensor:

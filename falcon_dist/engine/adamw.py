@@ -67,7 +67,7 @@ class MasterAdamW(NamedOptimizer):
             [exp_avg],
             [exp_avg_sq],
             [],
-            [torch.tensor(float(self.steps))],
+            [torch.tensor(float(self.steps), dtype=torch.float32)],
             lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -75,7 +75,7 @@ class MasterAdamW(NamedOptimizer):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
-            grad_scale=None if self._divisor == 1.0 else torch.tensor(self._divisor),
+            grad_scale=None if self._divisor == 1.0 else torch.tensor(self._divisor, dtype=torch.float32),
         )
         if master.dtype != param.dtype:
             param.copy_(master)

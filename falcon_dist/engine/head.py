@@ -122,7 +122,7 @@ def _block_(logits: Tensor, labels: Tensor, factor: float) -> Tensor:
     wanted = labels.clamp(min=0).unsqueeze(1)
     logs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     losses = logs.gather(1, wanted).squeeze(1).neg() * counted
-    weights = (counted * factor).unsqueeze(1)
+    weights = (counted.float() * factor).unsqueeze(1)
     gradient = logs.exp_().mul_(weights).scatter_add_(1, wanted, -weights)
     logits.copy_(gradient)
     return losses.sum()

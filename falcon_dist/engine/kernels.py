@@ -33,6 +33,8 @@ _FLAGS: Final = (
     *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
 )
 _TIMEOUT_S: Final = 120
+_SQUARES: Final = 4096
+"""Numbers whose squares make one sum: kPiece of the source."""
 
 
 @cache
@@ -78,8 +80,11 @@ def _processor() -> bytes:
 
 def takes(*tensors: Tensor) -> bool:
     """Whether there are kernels for these, once contiguous; fake tensors and those of other devices have no data."""
-    plain = all(type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype == torch.bfloat16 for x in tensors)
-    return plain and loaded() is not None
+    return all(_is_plain(x) and x.dtype == torch.bfloat16 for x in tensors) and loaded() is not None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu
 
 
 def _taken(*tensors: Tensor) -> ctypes.CDLL | None:
@@ -136,7 +141,7 @@ def rms_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tupl
         mean = (weighted * normal).mean(-1, keepdim=True)
         return weighted.sub_(normal.mul_(mean)).mul_(scale).to(x.dtype), of_weight.to(weight.dtype)
     threads, width = torch.get_num_threads(), x.shape[-1]
-    of_x, sums = torch.empty_like(x), torch.zeros(threads, width)
+    of_x, sums = torch.empty_like(x), torch.zeros(threads, width, dtype=torch.float32)
     places = (_at(y) for y in (grad, x, weight, scale, of_x, sums))
     lib.rms_backward(*places, ctypes.c_long(scale.numel()), ctypes.c_long(width), ctypes.c_int(threads))
     return of_x, sums.sum(0).to(weight.dtype)
@@ -171,7 +176,7 @@ def causal_softmax(scores: Tensor, queries: int, scale: float) -> tuple[Tensor, 
     assert lib is not None
     assert scores.is_contiguous()
     weights = torch.empty(scores.shape, dtype=torch.bfloat16)
-    norms = torch.empty(scores.shape[:-1])
+    norms = torch.empty(scores.shape[:-1], dtype=torch.float32)
     sizes = map(ctypes.c_long, (norms.numel(), queries, scores.shape[-1]))
     lib.causal_softmax(_at(scores), _at(weights), _at(norms), *sizes, ctypes.c_float(scale), _threads())
     return weights, norms
@@ -196,7 +201,17 @@ def softmax_gradient_(logits: Tensor, labels: Tensor, factor: float) -> Tensor |
     """As that of head.py, with the losses [N], not summed; None, and nothing done, where it cannot be."""
     if (lib := _taken(logits)) is None:
         return None
-    losses, labels = torch.empty(len(logits)), labels.contiguous()
+    losses, labels = torch.empty(len(logits), dtype=torch.float32), labels.contiguous()
     size = (ctypes.c_long(logits.shape[0]), ctypes.c_long(logits.shape[1]))
     lib.softmax_gradient(_at(logits), _at(labels), _at(losses), *size, ctypes.c_float(factor), _threads())
     return losses
+
+
+def square_sum(x: Tensor) -> float | None:
+    """The sum of the squares of bf16 or fp32 numbers, in one pass; None where it cannot be."""
+    name = {torch.bfloat16: "square_sums_of_bf16", torch.float32: "square_sums_of_float"}.get(x.dtype)
+    if name is None or not _is_plain(x) or not x.is_contiguous() or (lib := loaded()) is None:
+        return None
+    sums = torch.empty(-(-x.numel() // _SQUARES), dtype=torch.float64)
+    getattr(lib, name)(_at(x), _at(sums), ctypes.c_long(x.numel()), _threads())
+    return float(sums.sum())

@@ -42,7 +42,7 @@ def segment_output(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
     batch, groups, length, width = key.shape
     flat = (batch * groups, query.shape[1] // groups)
     keys, values = (x.reshape(flat[0], length, width) for x in (key.float(), value))
-    out, norms = torch.empty_like(query), torch.empty(query.shape[:-1])
+    out, norms = torch.empty_like(query), torch.empty(query.shape[:-1], dtype=torch.float32)
     rows = block_rows(query.shape[0] * query.shape[1], length)
     for start in range(0, length, rows):
         end = min(length, start + rows)
@@ -73,7 +73,7 @@ def segment_gradients(
     keys, values = (x.reshape(flat[0], length, width) for x in (key, value))
     dots = (grad * out).sum(-1, dtype=torch.float32)
     by_query = torch.empty_like(query)
-    by_key, by_value = (torch.zeros(flat[0], length, width) for _ in range(2))
+    by_key, by_value = (torch.zeros(flat[0], length, width, dtype=torch.float32) for _ in range(2))
     rows = block_rows(query.shape[0] * query.shape[1], length)
     for start in range(0, length, rows):
         end = min(length, start + rows)

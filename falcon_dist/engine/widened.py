@@ -3,7 +3,7 @@
 oneDNN multiplies bf16 where there is AVX-512 or more. On others (EPYC before its fourth generation, Xeon before
 Skylake) torch is left with loops of its own, at a quarter to a three-hundredth of fp32's rate (docs/engine.md). The
 products here have the same inputs, the same fp32 sums and the same rounding; they go through torch's own fp32 kernels,
-a piece of the larger operand at a time, so that what is widened stays in the cache. Memory for it is taken once a
+cut along the longest of their three sides, so that what is widened stays in the cache. Memory for it is taken once a
 thread and kept.
 
 They are put in the place of torch's CPU kernels for four operators, in this process, so that whatever multiplies
@@ -15,21 +15,51 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, library
 
 PIECE: Final = 1 << 21
-"""Numbers of the larger operand that are widened at once, and of the result they make: 8 MiB in fp32."""
+"""Numbers of what is cut that are in fp32 at once: 8 MiB."""
 MULTIPLE: Final = 64
-"""Rows or columns of a piece, at least."""
-REUSE: Final = 8
-"""Products a number of operands and result, from which widening pays: a row or a few are faster as they are."""
+"""Rows, columns or terms of sums in a piece, at least."""
+REUSE: Final = 3
+"""Products a number of operands and result, from which widening pays: a row or two are faster as they are."""
 _aten = torch.ops.aten
 _kept = threading.local()
+
+
+class _Weighted(NamedTuple):
+    """What is added to a product, and both their factors."""
+
+    added: Tensor
+    beta: float
+    alpha: float
+
+
+class _Cut(NamedTuple):
+    """How a product of [rows, inner] and [inner, columns] is cut."""
+
+    side: int
+    """0: rows, 1: inner, 2: columns."""
+    step: int
+    """Of that side in a piece."""
+
+    @classmethod
+    def of(cls, sides: Sequence[int]) -> _Cut:
+        """Along the longest side, and along the inner one only where both others are shorter."""
+        side = max((2, 0, 1), key=lambda side: sides[side])
+        step = PIECE // max(1, sorted(sides)[1]) // MULTIPLE * MULTIPLE
+        return cls(side, max(MULTIPLE, step))
+
+    def numbers(self, sides: Sequence[int]) -> tuple[int, int, int]:
+        """Of the operand that is whole (the left one, where each is cut), of a piece of the other and of a result."""
+        rows, inner, columns = (min(n, self.step) if side == self.side else n for side, n in enumerate(sides))
+        left, right = rows * inner, inner * columns
+        return (right, left, rows * columns) if self.side == 0 else (left, right, rows * columns)
 
 
 @cache
@@ -51,21 +81,22 @@ def multiplies_bf16() -> bool:
 
 
 def kept_bytes(rows: int, matrices: Sequence[Sequence[int]]) -> int:
-    """The most that a thread keeps for products of ``rows`` tokens with [N, K] matrices and for their gradients."""
+    """The most that a thread keeps for products of ``rows`` tokens with [N, K] matrices and for their gradients.
+
+    Batches of products, as attention has them, take a piece in each place; a larger one is cut as these are.
+    """
     if multiplies_bf16():
         return 0
-    whole = max(
-        max(min(rows, outer) * inner, min(rows, inner) * outer, min(outer, inner) * rows) for outer, inner in matrices
-    )
-    longest = max(rows, *(side for matrix in matrices for side in matrix))
-    return 4 * (whole + 2 * max(PIECE, MULTIPLE * longest))
+    forms = [sides for n, k in matrices for sides in ((rows, k, n), (rows, n, k), (n, rows, k))]
+    places = zip(*(_Cut.of(sides).numbers(sides) for sides in forms), strict=True)
+    return sum(4 * max(PIECE, *map(int, found)) for found in places)
 
 
 def mm(left: Tensor, right: Tensor) -> Tensor:
     """aten::mm, [M, K] @ [K, N]; torch's own kernel for other dtypes, and where widening does not pay."""
     if not _pays(left, right, 2):
         return _aten.mm.out(left, right, out=left.new_empty(0))  # type: ignore[no-any-return]
-    return _product(left, right, lambda a, b, out, _: _aten.mm.out(a, b, out=out))
+    return _product(left, right)
 
 
 def addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -73,20 +104,14 @@ def addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
     if not _pays(left, right, 2) or added.dtype != torch.bfloat16:
         out = left.new_empty(0)
         return _aten.addmm.out(added, left, right, beta=beta, alpha=alpha, out=out)  # type: ignore[no-any-return]
-    whole = added.expand(left.shape[0], right.shape[1])
-
-    def piece(a: Tensor, b: Tensor, out: Tensor, where: tuple[slice, slice]) -> None:
-        _aten.addmm.out(out.copy_(whole[where]), a, b, beta=beta, alpha=alpha, out=out)
-
-    return _product(left, right, piece)
+    return _product(left, right, _Weighted(added.expand(left.shape[0], right.shape[1]), beta, alpha))
 
 
 def bmm(left: Tensor, right: Tensor) -> Tensor:
     """aten::bmm, [B, M, K] @ [B, K, N]."""
     if not _pays(left, right, 3):
         return _aten.bmm.out(left, right, out=left.new_empty(0))  # type: ignore[no-any-return]
-    out = _space("out", (*left.shape[:2], right.shape[2]))
-    return _aten.bmm.out(_wide("whole", left), _wide("piece", right), out=out).to(torch.bfloat16)  # type: ignore[no-any-return]
+    return _products(left, right)
 
 
 def baddbmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -94,36 +119,79 @@ def baddbmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alph
     if not _pays(left, right, 3) or added.dtype != torch.bfloat16:
         out = left.new_empty(0)
         return _aten.baddbmm.out(added, left, right, beta=beta, alpha=alpha, out=out)  # type: ignore[no-any-return]
-    out = _space("out", (*left.shape[:2], right.shape[2])).copy_(added)
-    wide = _wide("whole", left), _wide("piece", right)
-    return _aten.baddbmm.out(out, *wide, beta=beta, alpha=alpha, out=out).to(torch.bfloat16)  # type: ignore[no-any-return]
+    return _products(left, right, _Weighted(added.expand(*left.shape[:2], right.shape[2]), beta, alpha))
 
 
 def _pays(left: Tensor, right: Tensor, dims: int) -> bool:
     both = (left.dtype, right.dtype) == (torch.bfloat16, torch.bfloat16)
     if not both or (left.dim(), right.dim()) != (dims, dims):
         return False
+    if (*left.shape[:-2], left.shape[-1]) != right.shape[:-1]:
+        return False  # torch refuses it, in its own words
     rows, inner, columns = *left.shape[-2:], right.shape[-1]
     return bool(rows * inner * columns > REUSE * (rows * inner + inner * columns + rows * columns))
 
 
-def _product(
-    left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor, Tensor, tuple[slice, slice]], object]
-) -> Tensor:
-    """[M, K] and [K, N] -> [M, N] in bf16, by ``multiply(left, right, out, where)`` on fp32 pieces of them."""
-    rows, columns, inner = left.shape[0], right.shape[1], left.shape[1]
-    by_rows = rows > columns
+def _product(left: Tensor, right: Tensor, weighted: _Weighted | None = None) -> Tensor:
+    """[M, K] and [K, N] -> [M, N] in bf16."""
+    cut = _Cut.of((*left.shape, right.shape[1]))
+    if cut.side == 1:
+        return _summed(left, right, cut.step, weighted)
+    by_rows = cut.side == 0
     whole = _wide("whole", right if by_rows else left)
-    out = left.new_empty(rows, columns)
-    step = max(MULTIPLE, PIECE // max(inner, min(rows, columns)) // MULTIPLE * MULTIPLE)
-    for start in range(0, max(rows, columns), step):
-        end = min(max(rows, columns), start + step)
-        where = (slice(start, end), slice(None)) if by_rows else (slice(None), slice(start, end))
-        piece = _wide("piece", left[start:end] if by_rows else right[:, start:end])
+    out = left.new_empty(left.shape[0], right.shape[1])
+    for start in range(0, out.shape[cut.side // 2], cut.step):
+        part = slice(start, start + cut.step)
+        where = (part, slice(None)) if by_rows else (slice(None), part)
+        piece = _wide("piece", left[part] if by_rows else right[:, part])
         made = _space("out", out[where].shape)
-        multiply(*((piece, whole) if by_rows else (whole, piece)), made, where)
+        _multiply(*((piece, whole) if by_rows else (whole, piece)), made, weighted and _part(weighted, where))
         out[where] = made
     return out
+
+
+def _summed(left: Tensor, right: Tensor, step: int, weighted: _Weighted | None) -> Tensor:
+    """The same, one part of the sums after the other."""
+    made = _space("out", (left.shape[0], right.shape[1]))
+    for start in range(0, left.shape[1], step):
+        part = slice(start, start + step)
+        pieces = _wide("whole", left[:, part]), _wide("piece", right[part])
+        if start:
+            _aten.addmm.out(made, *pieces, alpha=1 if weighted is None else weighted.alpha, out=made)
+        else:
+            _multiply(*pieces, made, weighted)
+    return made.to(torch.bfloat16)
+
+
+def _products(left: Tensor, right: Tensor, weighted: _Weighted | None = None) -> Tensor:
+    """[B, M, K] and [B, K, N] -> [B, M, N] in bf16, as many at once as a piece holds."""
+    out = left.new_empty(*left.shape[:2], right.shape[2])
+    count = PIECE // max(math.prod(x.shape[1:]) for x in (left, right, out))
+    if count == 0:
+        for n, place in enumerate(out):
+            place.copy_(_product(left[n], right[n], weighted and _part(weighted, n)))
+        return out
+    for start in range(0, len(out), count):
+        part = slice(start, start + count)
+        made = _space("out", out[part].shape)
+        wide = _wide("whole", left[part]), _wide("piece", right[part])
+        _multiply(*wide, made, weighted and _part(weighted, part))
+        out[part] = made
+    return out
+
+
+def _part(weighted: _Weighted, where: Any) -> _Weighted:
+    return weighted._replace(added=weighted.added[where])
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor, weighted: _Weighted | None) -> None:
+    """A product in fp32, or a batch of them, written to ``out``."""
+    batch = left.dim() == 3
+    if weighted is None:
+        (_aten.bmm if batch else _aten.mm).out(left, right, out=out)
+        return
+    added, beta, alpha = weighted
+    (_aten.baddbmm if batch else _aten.addmm).out(out.copy_(added), left, right, beta=beta, alpha=alpha, out=out)
 
 
 def _wide(place: str, tensor: Tensor) -> Tensor:
@@ -140,5 +208,5 @@ def _space(place: str, shape: Sequence[int]) -> Tensor:
     count = math.prod(shape)
     if place not in held or held[place].numel() < count:
         with torch.inference_mode(False):  # memory taken in inference mode could not be written outside of it
-            held[place] = torch.empty(count)
+            held[place] = torch.empty(count, dtype=torch.float32)
     return held[place][:count].view(tuple(shape))

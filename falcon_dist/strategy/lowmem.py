@@ -5,6 +5,7 @@ The way of LOMO (Lv and others 2023, arXiv:2306.09782), with Adafactor's update 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class FullLowMemory(Replicated):
             weight_decay=optim.weight_decay,
             max_grad_norm=optim.max_grad_norm,
             seed=self.config.seed,
+            agree=self._agree,
         )
         names = {param: name for name, param in model.named_parameters()}
 
@@ -85,6 +87,14 @@ class FullLowMemory(Replicated):
         if self.world.world_size > 1:
             dist.all_reduce(grad)
             grad.div_(self.world.world_size)
+
+    def _agree(self, tensors: Sequence[Tensor]) -> None:
+        """Makes fp32 tensors those of rank 0; called for every weight, as ``_average``."""
+        if self.world.world_size > 1:
+            told = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            dist.broadcast(told, src=0)
+            for tensor, part in zip(tensors, told.split([tensor.numel() for tensor in tensors]), strict=True):  # type: ignore[no-untyped-call]
+                tensor.copy_(part.view_as(tensor))
 
     def settings(self) -> dict[str, Any]:
         """Clipping is done for each weight by itself, where its gradient is."""

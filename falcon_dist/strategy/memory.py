@@ -27,9 +27,9 @@ from falcon_dist.engine.fused import FusedParts
 from falcon_dist.engine.head import CHUNK_BYTES
 from falcon_dist.engine.native import WEIGHT_DTYPES
 from falcon_dist.engine.widened import kept_bytes
-from falcon_dist.loss import PIECE_BYTES
 from falcon_dist.masking import Masking
 from falcon_dist.monitor import evaluates
+from falcon_dist.strategy.held_out import held_out_bytes
 from falcon_dist.strategy.lora import trained_parameters
 from falcon_dist.strategy.zero import STAGES, check_zero, rank_bytes
 
@@ -98,11 +98,12 @@ def predict(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> Ran
     params = list(model.parameters())
     each = _WEIGHT_BYTES[config.precision]
     weights = sum(param.numel() for param in params) * each
-    working = _head_bytes(config, model, choice) + _widest_bytes(config, model, choice) + _widened_bytes(config, params)
+    widened = _widened_bytes(config, params)
+    working = _head_bytes(config, model, choice) + _widest_bytes(config, model, choice) + widened
     adapters = trained_parameters(model, config.lora) if config.strategy == "lora" else 0
     kept = _kept_bytes(config, model, choice)
     # What forward keeps is gone when held-out rows are measured, whose logits are never in chunks.
-    aside = _held_out_bytes(config, model) - kept
+    aside = held_out_bytes(config, model, choice.plain_attention) + widened - kept
     common = {"activations": kept, "working": max(working, aside)}
     if config.strategy == "lora":
         state = adapters * (12 if each == 2 else 8)
@@ -178,15 +179,6 @@ def _head_bytes(config: TrainConfig, model: PreTrainedModel, choice: Choice) -> 
     chunk = min(logits, CHUNK_BYTES)
     summed = 0 if config.strategy == "lora" or logits <= CHUNK_BYTES else 8 * int(vocabulary) * int(width)
     return int(chunk + summed + copied)
-
-
-def _held_out_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
-    """Logits of a held-out row by the plain head, its mask as it is and as attention takes it, a piece of the loss."""
-    if not (config.data.eval_share or config.data.eval_name):
-        return 0
-    each, length = 4 if config.precision == "fp32" else 2, config.data.max_length
-    numbers = length * int(model.get_output_embeddings().weight.shape[0])
-    return each * numbers + (1 + each) * length**2 + 2 * min(PIECE_BYTES, 4 * numbers)
 
 
 def _widest_bytes(config: TrainConfig, model: PreTrainedModel, choice: Choice) -> int:

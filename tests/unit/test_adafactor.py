@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import SHAPES, falcon_7b, make_model
@@ -137,3 +142,44 @@ def test_state_is_a_row_and_a_column_of_each_matrix_and_there_before_any_gradien
     state = optimizer.state[model.transformer.h[0].mlp.dense_h_to_4h.weight]
     assert {kind: tuple(tensor.shape) for kind, tensor in state.items()} == {"row": (4 * width,), "column": (width,)}
     assert places == {id(tensor) for state in optimizer.state.values() for tensor in state.values()}
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from falcon_dist.config import TrainConfig
+from falcon_dist.replicas import checksums
+from falcon_dist.strategy.lowmem import FullLowMemory
+from falcon_dist.world import World
+rank = int(sys.argv[1])
+torch.set_num_threads(1 + rank)
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = torch.nn.Linear(8, 49152)
+for param in model.parameters():
+    dist.broadcast(param.data, src=0)
+world = World(rank=rank, world_size=2, local_rank=rank, local_world_size=2)
+optimizer = FullLowMemory(TrainConfig(), world).make_optimizer(model)
+for step in range(4):
+    torch.manual_seed(2 * step + rank)
+    model(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+names = {param: name for name, param in model.named_parameters()}
+print(checksums({**dict(model.named_parameters()), **optimizer.named_state(names)}).tolist())
+"""
+
+
+def test_ranks_of_other_processors_and_threads_stay_equal(tmp_path: Path) -> None:
+    """The second one's libraries add up in the order of another kind of processor."""
+    other = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "meeting")],
+            env={**os.environ, **(other if rank else {})},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert told[0] == told[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from falcon_dist.engine.rotary import turned_heads
 from falcon_dist.engine.segment_products import segment_gradients, segment_output
 from falcon_dist.masking import Masking
 from falcon_dist.rows import IGNORED
+from falcon_dist.soundness import norm_of
 
 ROUNDED = 0.003
 """Relative error of a result that was rounded to bf16 once."""
@@ -140,6 +142,45 @@ def test_attention_of_packed_rows_is_that_of_each_segment(monkeypatch: pytest.Mo
             query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), is_causal=True, scale=0.3
         )
         assert distance(found[row : row + 1, :, part], wanted) < 2 * ROUNDED
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("count", [0, 1, 4095, 4097, 600_001])
+def test_norms_of_gradients(dtype: torch.dtype, count: int, way: str) -> None:
+    values = torch.randn(count).to(dtype)
+    wanted = float(values.double().norm())
+    assert float(norm_of([values])) == pytest.approx(wanted, rel=1e-6 if way == "compiled" else 1e-5)
+    assert float(norm_of([values.repeat(2, 1).t(), values])) == pytest.approx(wanted * 3**0.5, rel=1e-5)
+    assert (kernels.square_sum(values) is None) == (way == "torch")
+    for odd in (math.nan, math.inf, 3e38) if count else ():
+        values[-1] = odd
+        found = norm_of([torch.ones(9), values])
+        assert found.dtype == torch.float32
+        assert not found.isfinite()
+
+
+@pytest.mark.usefixtures("way")
+def test_passes_are_in_fp32_whatever_tensors_are_made_of_elsewhere() -> None:
+    x, weight, labels = bf16(40, 64), bf16(64), torch.arange(40)
+    heads = [bf16(1, 2, 40, 16) for _ in "qkv"]
+
+    def passes() -> list[Tensor]:
+        scale = kernels.rms(x, weight, 1e-5)[1]
+        made = [*kernels.rms_backward(x, x, weight, scale), softmax_gradient_(x.clone(), labels, 1.0)]
+        if kernels.loaded() is not None:
+            made += segment_output(*heads, 0.3)
+        out, norms = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True)
+        return [*made, *segment_gradients(heads[0], *heads, out, norms, 0.25), norm_of([x])]
+
+    wanted = passes()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = passes()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 def test_every_part_is_taken_and_given_back() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import SHAPES, llama, make_model, write_model
+from torch.profiler import ProfilerActivity, profile
 from transformers import FalconConfig, Qwen2Config
 
 from falcon_dist import host_memory
@@ -21,6 +23,7 @@ from falcon_dist.engine.native import WEIGHT_DTYPES, load_config, load_model
 from falcon_dist.estimate import estimate
 from falcon_dist.masking import Masking
 from falcon_dist.strategy.choice import make_strategy
+from falcon_dist.strategy.held_out import held_out_bytes
 from falcon_dist.strategy.memory import GIB, check_fits, predict
 from falcon_dist.world import World
 
@@ -90,8 +93,7 @@ def test_what_widened_products_keep_is_counted_where_bf16_is_multiplied_so(monke
             config = dataclasses.replace(SMALL, strategy="lora", precision=precision)
             found[multiplies, precision] = predict(config, llama(vocab_size=4096), 1).working
     assert found[True, "fp32"] == found[False, "fp32"]
-    head = 64 * 4096  # for its input's gradient, [128, 4096] @ [4096, 64], the weights are the smaller operand
-    assert found[False, "bf16"] - found[True, "bf16"] == 4 * (head + 2 * widened.PIECE)
+    assert found[False, "bf16"] - found[True, "bf16"] == 3 * 4 * widened.PIECE
 
 
 def test_a_head_in_chunks_is_no_wide_layer_and_a_plain_one_is() -> None:
@@ -117,6 +119,33 @@ def test_logits_of_a_held_out_row_count_where_training_takes_less(strategy: Stra
     small = dataclasses.replace(SMALL, strategy=strategy)
     measured = dataclasses.replace(small, data=dataclasses.replace(small.data, eval_share=0.1))
     assert predict(measured, llama(), 1) == predict(small, llama(), 1)
+
+
+def peak_bytes(model: torch.nn.Module, length: int) -> int:
+    """The most that a row's forward takes at once in the plain form, without logits."""
+    records = torch.zeros(1, length, dtype=torch.int64)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        model.base_model(input_ids=records, use_cache=False, **Masking.of(model).inputs(records))
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("shape", ["falcon-7b", "falcon-40b", "falcon-rw", "llama"])
+def test_scores_of_a_held_out_row_count_where_attention_makes_them(
+    shape: str, attention: str, precision: Precision
+) -> None:
+    """Falcon-7B's shared key, eager attention and position biases take bytes for each head and each pair of tokens."""
+    plan, length = SHAPES[shape](num_attention_heads=16, hidden_size=128), 512
+    config = TrainConfig(precision=precision, data=DataConfig(max_length=length, eval_share=0.1))
+    model = make_model(plan, attention).to(WEIGHT_DTYPES[precision])
+    peak_bytes(model, 16)
+    found = held_out_bytes(config, model, attention)
+    assert 0.9 < found / peak_bytes(model, length) < 1.6
+    alone = dataclasses.replace(config, strategy="lora", model=ModelConfig(attention=attention))
+    told = predict(alone, plan, 1)
+    assert told.activations + told.working >= found
 
 
 def test_optimizer_bytes_are_those_that_it_holds() -> None:

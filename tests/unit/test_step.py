@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_models import falcon_7b, llama, make_model
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -15,6 +17,7 @@ from falcon_dist.contract import UnsoundError, UserError
 from falcon_dist.engine import peak
 from falcon_dist.engine.adamw import PIECE, MasterAdamW
 from falcon_dist.engine.peak import Gauge, gemm_gflops, slow_bf16, step_flops
+from falcon_dist.loop import PackedTrainer
 from falcon_dist.order import plan_schedule
 from falcon_dist.profiling import ProfileCallback, check_profile
 from falcon_dist.soundness import Soundness, gradient_norm
@@ -95,6 +98,44 @@ def test_a_norm_is_taken_in_fp32_over_all_gradients() -> None:
         param.grad = torch.full_like(param, 0.1)
     wanted = float(torch.cat([p.grad.double() for p in params[:2] if p.grad is not None]).norm())
     assert float(gradient_norm(params)) == pytest.approx(wanted, rel=1e-6)
+
+
+def told_by(monkeypatch: pytest.MonkeyPatch, *others: float | None) -> None:
+    """What each rank says in a gather; None: what this one does."""
+
+    def gather(told: list[torch.Tensor], mine: torch.Tensor) -> None:
+        for place, other in zip(told, others, strict=True):
+            place.copy_(mine if other is None else torch.tensor([other]))
+
+    monkeypatch.setattr(dist, "all_gather", gather)
+
+
+def test_all_ranks_clip_by_the_norm_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own differ in a last bit where their processors sum in other orders."""
+    params = torch.nn.ParameterList([torch.zeros(1000)])
+    params[0].grad = torch.full((1000,), 2.0)
+    own = gradient_norm(list(params))
+    first = float(torch.nextafter(own, torch.tensor(math.inf)))
+    told_by(monkeypatch, first, None)
+    trainer = PackedTrainer.__new__(PackedTrainer)
+    optimizer = MasterAdamW([{"params": list(params)}], lr=1e-2)
+    trainer.optimizer, trainer._clock, trainer._soundness = optimizer, StepClock(), soundness()
+    trainer.args = SimpleNamespace(max_grad_norm=1.0)
+    assert float(trainer._clip_grad_norm(params)) == first != float(own)
+    assert optimizer._divisor == first + 1e-6
+
+
+@pytest.mark.parametrize("told", [(1.5, math.nan), (math.inf, None)])
+def test_a_norm_that_is_not_finite_anywhere_is_that_of_all(
+    told: tuple[float | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told_by(monkeypatch, *told)
+    norm = float(soundness().agreed(torch.tensor(1.5)))
+    assert not math.isfinite(norm)
+    assert float(soundness(world_size=1).agreed(torch.tensor(1.5))) == 1.5
+    told_by(monkeypatch, 0.0, 1.0)
+    with pytest.raises(UnsoundError, match=rf"^gradient norm is {norm} at step 0: rank 0 had rows \[\d, \d\]$"):
+        soundness().check_norm(norm, lambda: True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
