@@ -3,7 +3,7 @@
 oneDNN multiplies bf16 where there is AVX-512 or more. On others (EPYC before its fourth generation, Xeon before
 Skylake) torch is left with loops of its own, at a quarter to a three-hundredth of fp32's rate (docs/engine.md). The
 products here have the same inputs, the same fp32 sums and the same rounding; they go through torch's own fp32 kernels,
-cut along the longest of their three sides, so that what is widened stays in the cache. Memory for it is taken once a
+cut along the longest of their sides, so that what is widened stays in the cache. Memory for it is taken once a
 thread and kept.
 
 They are put in the place of torch's CPU kernels for four operators, in this process, so that whatever multiplies
@@ -49,11 +49,14 @@ class _Cut(NamedTuple):
     """Of that side in a piece."""
 
     @classmethod
-    def of(cls, sides: Sequence[int]) -> _Cut:
-        """Along the longest side, and along the inner one only where both others are shorter."""
-        side = max((2, 0, 1), key=lambda side: sides[side])
-        step = PIECE // max(1, sorted(sides)[1]) // MULTIPLE * MULTIPLE
-        return cls(side, max(MULTIPLE, step))
+    def of(cls, sides: Sequence[int], *, summed: bool) -> _Cut:
+        """Along the longest side, the inner one where both others are shorter and ``summed`` allows it.
+
+        A right operand whose columns lie together, as a weight's in forward, is slow to read a few terms at a time.
+        """
+        side = max((2, 0, 1) if summed else (2, 0), key=lambda side: sides[side])
+        beside = max(n for other, n in enumerate(sides) if other != side)
+        return cls(side, max(MULTIPLE, PIECE // max(1, beside) // MULTIPLE * MULTIPLE))
 
     def numbers(self, sides: Sequence[int]) -> tuple[int, int, int]:
         """Of the operand that is whole (the left one, where each is cut), of a piece of the other and of a result."""
@@ -87,8 +90,9 @@ def kept_bytes(rows: int, matrices: Sequence[Sequence[int]]) -> int:
     """
     if multiplies_bf16():
         return 0
-    forms = [sides for n, k in matrices for sides in ((rows, k, n), (rows, n, k), (n, rows, k))]
-    places = zip(*(_Cut.of(sides).numbers(sides) for sides in forms), strict=True)
+    forward = [((rows, k, n), False) for n, k in matrices]
+    gradients = [(sides, True) for n, k in matrices for sides in ((rows, n, k), (n, rows, k))]
+    places = zip(*(_Cut.of(s, summed=summed).numbers(s) for s, summed in forward + gradients), strict=True)
     return sum(4 * max(PIECE, *map(int, found)) for found in places)
 
 
@@ -134,7 +138,7 @@ def _pays(left: Tensor, right: Tensor, dims: int) -> bool:
 
 def _product(left: Tensor, right: Tensor, weighted: _Weighted | None = None) -> Tensor:
     """[M, K] and [K, N] -> [M, N] in bf16."""
-    cut = _Cut.of((*left.shape, right.shape[1]))
+    cut = _Cut.of((*left.shape, right.shape[1]), summed=not _turned(right))
     if cut.side == 1:
         return _summed(left, right, cut.step, weighted)
     by_rows = cut.side == 0
@@ -196,10 +200,15 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, weighted: _Weighted | No
 
 def _wide(place: str, tensor: Tensor) -> Tensor:
     """A copy in fp32, which lies as the tensor does: with its rows or its columns together."""
-    turned = tensor.stride(-2) < tensor.stride(-1)
+    turned = _turned(tensor)
     plain = tensor.transpose(-2, -1) if turned else tensor
     copied = _space(place, plain.shape).copy_(plain)
     return copied.transpose(-2, -1) if turned else copied
+
+
+def _turned(tensor: Tensor) -> bool:
+    """Whether its columns lie together, not its rows."""
+    return tensor.stride(-2) < tensor.stride(-1)
 
 
 def _space(place: str, shape: Sequence[int]) -> Tensor:

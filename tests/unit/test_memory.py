@@ -137,13 +137,14 @@ def test_scores_of_a_held_out_row_count_where_attention_makes_them(
     shape: str, attention: str, precision: Precision
 ) -> None:
     """Falcon-7B's shared key, eager attention and position biases take bytes for each head and each pair of tokens."""
-    plan, length = SHAPES[shape](num_attention_heads=16, hidden_size=128), 512
+    plan, length = SHAPES[shape](num_attention_heads=32, hidden_size=128), 512
     config = TrainConfig(precision=precision, data=DataConfig(max_length=length, eval_share=0.1))
     model = make_model(plan, attention).to(WEIGHT_DTYPES[precision])
     peak_bytes(model, 16)
     found = held_out_bytes(config, model, attention)
     assert 0.9 < found / peak_bytes(model, length) < 1.6
-    alone = dataclasses.replace(config, strategy="lora", model=ModelConfig(attention=attention))
+    again = LoopConfig(grad_checkpointing=True)  # training keeps little beside it
+    alone = dataclasses.replace(config, strategy="lora", model=ModelConfig(attention=attention), loop=again)
     told = predict(alone, plan, 1)
     assert told.activations + told.working >= found
 

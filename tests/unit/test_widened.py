@@ -157,7 +157,9 @@ def held_bytes() -> int:
     return sum(tensor.nbytes for tensor in vars(widened._kept).values())
 
 
-@pytest.mark.parametrize(("rows", "outer", "inner"), [(100, 4000, 640), (700, 9000, 640), (300, 640, 640)])
+@pytest.mark.parametrize(
+    ("rows", "outer", "inner"), [(100, 4000, 640), (700, 9000, 640), (300, 640, 640), (300, 640, 9000)]
+)
 def test_what_is_kept_is_told_beforehand(rows: int, outer: int, inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(widened, "PIECE", 64 * 640)
     monkeypatch.setattr(widened, "multiplies_bf16", lambda: True)
