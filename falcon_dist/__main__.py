@@ -48,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _last_words(str(error))
         return EXIT_UNSOUND
     except Exception as error:  # noqa: BLE001 - the rank's last words, told once and then kept
-        with suppress(OSError):
-            _leave_failure(f"{type(error).__name__}: {error}".splitlines()[0])
-            traceback.print_exc()
+        _last_words(f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc().rstrip())
         return EXIT_FAILED
 
 
@@ -117,10 +115,10 @@ def _keep(result: RankResult, folder: Path) -> None:
         ) from error
 
 
-def _last_words(error: str) -> None:
+def _last_words(error: str, shown: str | None = None) -> None:
     """Wherever they can be left: the exit code says what is to be done next, also where the disk takes no more."""
     with suppress(OSError):
-        print(error, file=sys.stderr, flush=True)
+        print(shown or error, file=sys.stderr, flush=True)
     with suppress(OSError):
         _leave_failure(error)
 

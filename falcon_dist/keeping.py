@@ -71,7 +71,7 @@ def settle(
         OSError: a checkpoint cannot be removed; the folder of checkpoints, or that of the links, cannot be written.
     """
     path = root / checkpoint.folder_name(step)
-    there = [old for old in committed_steps(root) if old == step or (old < step and old not in refused)]
+    there = [old for old in committed_steps(root) if old <= step and old not in refused]
     best = best_kept(there, points, min_gain)
     if config.keep_best and best is not None:
         point(root / BEST, root / checkpoint.folder_name(best))

@@ -7,13 +7,13 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from falcon_dist import checkpoint
+from falcon_dist import checkpoint, tensor_file
 from falcon_dist.config import ModelConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.foreign import check_weights, reason
@@ -22,6 +22,9 @@ from falcon_dist.identity import check_base
 from falcon_dist.layout import parse_size
 from falcon_dist.prepare import find_model
 from falcon_dist.strategy.lora import WEIGHTS_FILE
+
+LORA: Final = "lora_"
+"""In the name of every tensor of an adapter."""
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -86,12 +89,26 @@ def _facts_of(adapter: Path) -> dict[str, Any]:
 def _merged(base: PreTrainedModel, adapter: Path, name: str) -> PreTrainedModel:
     """The base model with the adapters in its weights; safe_merge refuses those that are not numbers."""
     try:
-        return PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+        model = PeftModel.from_pretrained(base, adapter)
+        _check_names(model, adapter / WEIGHTS_FILE)
+        return model.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, ImportError, SafetensorError) as error:
         raise UserError(
             f'falcon merge: cannot add "{adapter}" to "{name}": {_why(adapter, error)}; give whole adapters, and with '
             "--base the model they were trained on"
         ) from error
+
+
+def _check_names(model: PeftModel, file: Path) -> None:
+    """peft passes over adapters that have no place in the model, and leaves places without any as they are.
+
+    Raises:
+        ValueError: there are such, as where the model has another number of layers.
+    """
+    places = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if LORA in name}
+    given = {name for name in tensor_file.names_in(file) if LORA in name}
+    if odd := sorted(places ^ given):
+        raise ValueError(f'"{odd[0]}" is in the {"adapters" if odd[0] in given else "model"} only')
 
 
 def _why(adapter: Path, error: Exception) -> str:

@@ -214,6 +214,7 @@ class Saver:
     def _tidy(self, step: int, points: Sequence[Point]) -> None:
         """Links and rotation; where they fail the checkpoint is whole all the same, and the next save tries again."""
         config = self.run.config
+        self.refused -= {step}  # it has been written anew
         try:
             settle(
                 self.run.checkpoints,

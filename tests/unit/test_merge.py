@@ -71,6 +71,8 @@ def refused(adapter: Path, *words: str) -> str:
             r"Error(s) in loading state_dict for PeftModelForCausalLM: size mismatch for base_",
         ),
         (llama(), "Target modules"),
+        (falcon_7b(num_hidden_layers=1), '"base_model.model.transformer.h.1.'),
+        (falcon_7b(num_hidden_layers=3), '"base_model.model.transformer.h.2.'),
     ],
 )
 def test_adapters_of_others_do_not_fit_another_model(tmp_path: Path, base: Path, other: Any, told: str) -> None:

@@ -148,3 +148,13 @@ def test_so_does_a_survivor_also_where_the_step_was_saved_without(tmp_path: Path
     kept = path.stat().st_ino
     assert saver.save_last_finished() == (path, 1)
     assert path.stat().st_ino == kept
+
+
+def test_a_step_that_was_refused_counts_again_once_it_is_saved_anew(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path, CheckpointConfig(background="off", keep_last=1))
+    for step in (2, 4):
+        saver.save(step)
+    saver.refused = frozenset({4, 5})
+    for step in (4, 6):
+        saver.save(step)
+    assert keeping.committed_steps(saver.run.checkpoints) == [6]
