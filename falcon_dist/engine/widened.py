@@ -28,6 +28,8 @@ MULTIPLE: Final = 64
 """Rows, columns or terms of sums in a piece, at least."""
 REUSE: Final = 3
 """Products a number of operands and result, from which widening pays: a row or two are faster as they are."""
+LEAST: Final = 1 << 17
+"""Products in all, from which it pays: what surrounds them takes as long as so many of torch's own."""
 _aten = torch.ops.aten
 _kept = threading.local()
 
@@ -133,7 +135,8 @@ def _pays(left: Tensor, right: Tensor, dims: int) -> bool:
     if (*left.shape[:-2], left.shape[-1]) != right.shape[:-1]:
         return False  # torch refuses it, in its own words
     rows, inner, columns = *left.shape[-2:], right.shape[-1]
-    return bool(rows * inner * columns > REUSE * (rows * inner + inner * columns + rows * columns))
+    reused = rows * inner * columns > REUSE * (rows * inner + inner * columns + rows * columns)
+    return bool(reused and left.numel() * columns > LEAST)
 
 
 def _product(left: Tensor, right: Tensor, weighted: _Weighted | None = None) -> Tensor:

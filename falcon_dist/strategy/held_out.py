@@ -11,8 +11,8 @@ from falcon_dist.loss import PIECE_BYTES
 
 MATH_SCORE: Final = 9
 """Bytes a score where torch has no kernel for sdpa: fp32 scores, their softmax, and a byte to look for empty rows."""
-EAGER_SCORE: Final[dict[Precision, tuple[int, int]]] = {"bf16": (8, 10), "bf16-autocast": (14, 10), "fp32": (16, 8)}
-"""Likewise of eager attention: Falcon's, and that of others."""
+EAGER_SCORE: Final[dict[Precision, tuple[int, int]]] = {"bf16": (10, 10), "bf16-autocast": (14, 10), "fp32": (16, 8)}
+"""Likewise of eager attention: Falcon's, and that of others; the most of what processors with and without bf16 take."""
 ALIBI_SCORE: Final = 24
 """Likewise of eager attention with a position bias, which is in fp32."""
 

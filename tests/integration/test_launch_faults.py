@@ -194,5 +194,7 @@ def test_a_run_folder_that_is_gone_is_told_in_a_line(tmp_path):
     os.kill(running.pids[1], signal.SIGKILL)
     code, _, err = running.end()
     assert code == 1
-    assert err.startswith('falcon-launch: the report cannot be written to "')
-    assert err.endswith("No such file or directory; is the run folder gone?\n")
+    cause, *_, told = err.splitlines()
+    assert cause.endswith("failed first: SIGKILL")
+    assert told.startswith('falcon-launch: the report cannot be written to "')
+    assert told.endswith("No such file or directory; is the run folder gone?")
