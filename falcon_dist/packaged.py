@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from safetensors import SafetensorError
+
 from falcon_dist import foldoc
 from falcon_dist.contract import UserError
 
@@ -69,14 +71,21 @@ def _made(key: str, name: str, known: Mapping[str, tuple[str, Maker]]) -> Path:
 
 
 def _cached(target: str, make: Callable[[Path], None]) -> Path:
-    """A file or folder of the cache, made whole or not at all."""
+    """A file or folder of the cache, made whole or not at all.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
     path = cache_folder() / target
     if not path.exists():
         partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        partial.parent.mkdir(parents=True, exist_ok=True)
         try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
             make(partial)
             _publish(partial, path)
+        except (OSError, SafetensorError) as error:  # the latter of weights that a full disk does not take
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f'cache: cannot make "{path}": {why}; make room, or set XDG_CACHE_HOME') from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if partial.is_file():

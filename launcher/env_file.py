@@ -17,7 +17,7 @@ def lines(name: str | None) -> list[str]:
     if name is None:
         return []
     try:
-        written = Path(name).read_text(encoding="utf-8").splitlines()
+        written = Path(name).read_text(encoding="utf-8").split("\n")  # a value may hold other kinds of line ends
     except OSError as fault:
         raise UserError(f'--env-file: cannot be read: "{name}"; {fault.strerror}') from fault
     except UnicodeDecodeError as fault:

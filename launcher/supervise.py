@@ -260,6 +260,8 @@ def _interrupted(state: RunState, signal: int) -> Decision:
     cause = Cause(kind="interrupt", exit_code=128 + signal)
     if state.cause is not None and state.cause.kind == "yield":  # who is to end must not be started again
         state = dataclasses.replace(state, cause=cause)
+        if state.phase == "done":
+            return state, ()
         return _kill(state) if state.phase == "killing" else _stop(state)
     if state.phase in ("stopping", "killing"):  # asked twice, or in a hurry
         return _kill(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import shlex
 import socket
@@ -29,6 +30,10 @@ SSH: Final = (
     *("-o", "EscapeChar=none", "-o", "LogLevel=ERROR"),
 )
 TAIL_BYTES: Final = 4096
+FILES_OF_HOST: Final = 4
+"""Open files for each host: its agent's input, output and complaints, and one while it starts."""
+FILES_OF_OURS: Final = 64
+"""Those that the launcher has beside them, at most."""
 
 
 class Way(Protocol):
@@ -196,10 +201,29 @@ Transport = Callable[[Sequence[HostEntry]], Iterator[Channel]]
 
 
 def start(entries: Sequence[HostEntry]) -> Iterator[Channel]:
-    """An agent on this machine for the entry that names it, one over ssh for every other."""
+    """An agent on this machine for the entry that names it, one over ssh for every other.
+
+    Raises:
+        LaunchError: there is no ssh here, or so many hosts need more open files than this process may have.
+    """
+    allow_files(FILES_OF_HOST * len(entries) + FILES_OF_OURS)
     for entry in entries:
         here = entry.user is None and entry.host in (LOCAL, socket.gethostname())
         yield local(entry) if here else ssh(entry)
+
+
+def allow_files(count: int) -> None:
+    """Has this process, and what it starts, open so many files where the soft limit is lower (getrlimit(2)).
+
+    Raises:
+        LaunchError: the hard limit is lower too.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise LaunchError(f"open files: {count} are needed for so many hosts, {hard} are allowed; raise ulimit -Hn")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def local(entry: HostEntry) -> Channel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import tracemalloc
@@ -10,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from tiny_models import TEXT, make_tokenizer, write_model
 
 from falcon_dist import packaged
@@ -398,11 +400,21 @@ def test_two_that_convert_a_package_at_once_both_have_it(cache: Path) -> None:
     assert [file.name for file in path.iterdir()] == ["config.json"]
     assert not list(path.parent.glob("*.partial*"))
 
-    def fail(partial: Path) -> None:
-        assert not partial.exists()
 
-    with pytest.raises(FileNotFoundError):
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("no space")])
+def test_a_cache_that_takes_nothing_more_is_told(cache: Path, fault: Exception) -> None:
+    def fail(partial: Path) -> None:
+        partial.write_text("half")
+        raise fault
+
+    with pytest.raises(UserError, match=r'^cache: cannot make ".*/falcon-dist/other": (No|no) space.*XDG_CACHE_HOME$'):
         packaged._cached("other", fail)
+    assert not list((cache / "falcon-dist").iterdir())
+    (cache / "file").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache / "file"))
+        with pytest.raises(UserError, match=r'^cache: cannot make ".*": Not a directory; make room'):
+            packaged._cached("other", fail)
 
 
 def test_rows_of_a_recipe_are_prepared_for_runs_to_find(tmp_path: Path, cache: Path, capsys) -> None:

@@ -79,9 +79,9 @@ def test_values_of_set(text, value):
 
 
 def test_env_file_and_flags_join_in_order(tmp_path):
-    (tmp_path / "env").write_text("# comment\n\nexport A='1 2'\nB=x=y\n")
+    (tmp_path / "env").write_text("# comment\r\n\nexport A='1 2'\nB=x=y\nD=one\u2028line\n", encoding="utf-8")
     loaded = config.load(Flags(env_file=str(tmp_path / "env"), env=("A=3", "C")))
-    assert loaded.launch.env == ("A=1 2", "B=x=y", "A=3", "C")
+    assert loaded.launch.env == ("A=1 2", "B=x=y", "D=one\u2028line", "A=3", "C")
     (tmp_path / "env").write_text("A=1\nnonsense\n")
     with pytest.raises(UserError, match=r"env:2: not of the form"):
         config.load(Flags(env_file=str(tmp_path / "env")))

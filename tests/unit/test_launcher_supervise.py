@@ -6,12 +6,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from launcher.events import (
     AskSave,
     AskStacks,
+    AskStop,
     CanSave,
+    CanStop,
     Ended,
     Exited,
     Faulted,
     Interrupted,
     Lost,
+    MakeWay,
     Mismatched,
     Prepared,
     Saved,
@@ -24,7 +27,7 @@ from launcher.events import (
 )
 from launcher.supervise import begin, decide
 
-OK, BAD, KILLED, REFUSED = Ended(code=0), Ended(code=7), Ended(signal=9), Ended(code=2)
+OK, BAD, KILLED, REFUSED, STOPPED = Ended(code=0), Ended(code=7), Ended(signal=9), Ended(code=2), Ended(code=75)
 TERM, KILL = SignalAll(signal=15), SignalAll(signal=9)
 
 
@@ -124,7 +127,7 @@ def test_what_must_not_go_on(event):
 
 EVENTS = [
     *ready(0, 1),
-    *(exited(r, e) for r in (0, 1) for e in (OK, BAD, REFUSED)),
+    *(exited(r, e) for r in (0, 1) for e in (OK, BAD, REFUSED, STOPPED)),
     Exited(rank=0, ended=BAD, echo=True),
     Mismatched(rank=0, text="m"),
     Faulted(node_rank=1, text="f"),
@@ -134,10 +137,12 @@ EVENTS = [
     Stalled(text="s"),
     Traced(rank=1, text="t"),
     Traced(rank=None),
+    CanStop(),
+    MakeWay(),
     Interrupted(signal=2),
     TimeUp(),
 ]
-ORDER = ["preparing", "running", "tracing", "saving", "stopping", "killing", "done"]
+ORDER = ["preparing", "running", "yielding", "tracing", "saving", "stopping", "killing", "done"]
 
 
 def every_state():
@@ -156,10 +161,18 @@ def every_state():
 
 def check_step(before, event, after, actions):
     """What holds whatever happens."""
-    assert ORDER.index(after.phase) >= ORDER.index(before.phase)
+    back = (before.phase, after.phase) == ("yielding", "running")  # a rank was done before the others could end early
+    assert back or ORDER.index(after.phase) >= ORDER.index(before.phase)
     assert after.alive <= before.alive or StartRanks() in actions
     assert after.preparing <= before.preparing
-    assert before.cause is None or after.cause is not None
+    assert before.cause is None or after.cause is not None or before.cause.kind == "yield"
+    assert after.interrupted >= before.interrupted
+    assert after.asked_to_yield >= before.asked_to_yield
+    if after.phase == "yielding":
+        assert (after.cause.kind, after.can_stop) == ("yield", True)
+    if AskStop() in actions:
+        assert (before.phase, after.phase, before.cause) == ("running", "yielding", None)
+        assert isinstance(actions[-1], SetTimer)
     if StartRanks() in actions:
         assert (before.phase, after.phase, before.cause) == ("preparing", "running", None)
     if TERM in actions or KILL in actions or any(isinstance(a, AskSave) for a in actions):

@@ -31,6 +31,25 @@ from launcher.wire import Lines, Outbox
 ROOT = Path(__file__).parents[2]
 
 
+LIMITS = """
+import resource, sys
+from launcher.transport import allow_files
+resource.setrlimit(resource.RLIMIT_NOFILE, (70, int(sys.argv[1])))
+allow_files(80)
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+def test_many_hosts_have_the_open_files_that_they_need():
+    words = [sys.executable, "-P", "-c", LIMITS, "100"]
+    assert subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout == "(80, 100)\n"
+    launch = str(Path(sys.executable).with_name("falcon-launch"))
+    words = ["prlimit", "--nofile=66:66", launch, "--hosts", "node1,node2", "--nproc-per-node", "1"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    told = "falcon-launch: open files: 72 are needed for so many hosts, 66 are allowed; raise ulimit -Hn\n"
+    assert (done.returncode, done.stderr) == (1, told)
+
+
 def test_nobody_waits_for_a_reader():
     reader, writer = os.pipe()
     outbox, lines = Outbox(writer), Lines(reader)
