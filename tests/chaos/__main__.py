@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import fcntl
 import json
+import math
 import os
 import platform
 import signal
@@ -53,17 +54,20 @@ def main() -> int:
             for bed in beds.values():
                 with _shared(args.share):
                     bed.compute_reference()
-            for fault in wanted:
-                for mode in args.modes:
-                    with _shared(args.share):
-                        lines.append(_try(fault, beds[mode]))
-                    _tell(lines[-1])
-                    _keep(lines[-1], args.results)
+            for fault, mode in ((fault, mode) for fault in wanted for mode in args.modes):
+                if time.monotonic() - began > 60 * args.minutes:
+                    print(f"not begun after {args.minutes:g} minutes: row {fault.number}, {mode}", flush=True)
+                    continue
+                with _shared(args.share):
+                    lines.append(_try(fault, beds[mode]))
+                _tell(lines[-1])
+                _keep(lines[-1], args.results)
             facts = _facts(beds, time.monotonic() - began)
     if args.report:
         kept = [json.loads(text) for text in args.results.read_text().splitlines()] if args.results else []
         args.report.write_text(markdown(newest(kept) or lines, facts, INTRO))
     failed = [line for line in lines if not line.passed]
+    assert lines, "no row was begun"
     print(f"{len(lines) - len(failed)} of {len(lines)} passed in {time.monotonic() - began:.0f} s")
     return 1 if failed else 0
 
@@ -73,6 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=lambda text: [int(word) for word in text.split(",")], default=[])
     parser.add_argument("--modes", type=lambda text: text.split(","), default=MODES)
     parser.add_argument("--quick", action="store_true", help="the slice for CI")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no row begins later than that")
     parser.add_argument("--report", type=Path, help="write the table here")
     parser.add_argument("--results", type=Path, help="add each row to this file, and report all rows that are in it")
     parser.add_argument("--share", type=Path, help="file whose lock is shared during each row, and free between them")

@@ -23,6 +23,16 @@ SAVING_S = 0.5
 """Kills come within this after ranks began to save, in which they save several times."""
 WEIGHTS = ("model", "train_state/optimizer")
 STEPS, EVERY = 12, 2
+PHASES = (
+    "compared and copied",
+    "folder made, no file yet",
+    "files are written",
+    "manifest written, not yet renamed",
+    "renamed, not yet told",
+    "an older one is removed",
+    "between two saves",
+)
+"""Those of a save, as what is left of it tells them apart."""
 
 
 def seeded() -> tuple[int, random.Random]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from saves.proofs import flip_bits, kill_and_resume, kill_savers, make_run, undisturbed_run
+from saves.proofs import PHASES, flip_bits, kill_and_resume, kill_savers, make_run, undisturbed_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -22,6 +22,7 @@ def test_500_kills_within_saves(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with capsys.disabled():
         print(f"\n\n{ledger}")
     assert ledger.total == 500
+    assert all(ledger.met(phase) for phase in PHASES), "a phase of the protocol was met by no kill"
 
 
 def test_50_runs_killed_and_resumed(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,6 +30,7 @@ def test_50_runs_killed_and_resumed(prepared: Path, tmp_path: Path, capsys: pyte
     with capsys.disabled():
         print(f"\n\n{ledger}")
     assert ledger.total >= 50
+    assert all(ledger.met(phase) for phase in ("loading", "training", "saving"))
 
 
 def test_200_flipped_bits_in_every_file(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
