@@ -2,7 +2,8 @@
 
     python benchmarks/step.py [--shape falcon-80m|falcon-160m|demo] [--strategy ddp|lora] [--ipex-python PATH]
                               [--rows 4] [--tokens 512] [--threads 2] [--rounds 5] [--minutes 6]
-                              [--ways ours,stock,2023,2023-plain] [--allocators stock,glibc,tcmalloc,jemalloc]
+                              [--ways ours,stock,2023,2023-plain]
+                              [--allocators stock,glibc,glibc-huge,tcmalloc,jemalloc]
 
 Every contender is a process of its own, for an allocator is chosen before a program starts; between its turns it
 waits. In a round each of them takes --steps steps, in an order that turns from round to round, and a 4096^3 bfloat16
@@ -123,12 +124,14 @@ class Contender:
 
 
 def allocation(name: str) -> Mapping[str, str]:
-    """What the launcher would give a rank for this allocator; stock: nothing."""
+    """What the launcher would give a rank for this allocator; stock: nothing; glibc-huge: huge pages besides."""
     from launcher.environment import GLIBC_TUNED
     from launcher.hello import allocators
 
     if name == "stock":
         return {}
+    if name == "glibc-huge":
+        return {key: f"{value}:glibc.malloc.hugetlb=1" for key, value in GLIBC_TUNED.items()}
     return GLIBC_TUNED if name == "glibc" else {"LD_PRELOAD": allocators()[name]}
 
 

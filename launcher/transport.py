@@ -30,8 +30,9 @@ SSH: Final = (
     *("-o", "EscapeChar=none", "-o", "LogLevel=ERROR"),
 )
 TAIL_BYTES: Final = 4096
-FILES_OF_HOST: Final = 4
-"""Open files for each host: its agent's input, output and complaints, and one while it starts."""
+FILES_OF_HOST: Final = 6
+"""Open files for each host: its agent's input and output, both ends of them under srun, what the way complains of, and
+one while it starts."""
 FILES_OF_OURS: Final = 64
 """Those that the launcher has beside them, at most."""
 
@@ -206,23 +207,25 @@ def start(entries: Sequence[HostEntry]) -> Iterator[Channel]:
     Raises:
         LaunchError: there is no ssh here, or so many hosts need more open files than this process may have.
     """
-    allow_files(FILES_OF_HOST * len(entries) + FILES_OF_OURS)
+    allow_files(len(entries))
     for entry in entries:
         here = entry.user is None and entry.host in (LOCAL, socket.gethostname())
         yield local(entry) if here else ssh(entry)
 
 
-def allow_files(count: int) -> None:
-    """Has this process, and what it starts, open so many files where the soft limit is lower (getrlimit(2)).
+def allow_files(hosts: int) -> None:
+    """Has this process, and what it starts, open as many files as so many hosts need, where the soft limit is lower
+    (getrlimit(2)).
 
     Raises:
         LaunchError: the hard limit is lower too.
     """
+    count = FILES_OF_HOST * hosts + FILES_OF_OURS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= count:
         return
     if hard != resource.RLIM_INFINITY and hard < count:
-        raise LaunchError(f"open files: {count} are needed for so many hosts, {hard} are allowed; raise ulimit -Hn")
+        raise LaunchError(f"open files: {count} are needed for {hosts} hosts, {hard} are allowed; raise ulimit -Hn")
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 

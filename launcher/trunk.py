@@ -15,7 +15,7 @@ from launcher import frames, slurm
 from launcher.errors import LaunchError
 from launcher.hostfile import HostEntry
 from launcher.slurm import Allocation
-from launcher.transport import Channel, Transport
+from launcher.transport import Channel, Transport, allow_files
 from launcher.wire import HELD, Lines
 
 BRANCH: Final = (sys.executable, "-P", "-m", "launcher.branch")
@@ -29,6 +29,7 @@ def within(allocation: Allocation) -> Transport:
     """Starts agents on nodes of a Slurm job."""
 
     def start(entries: Sequence[HostEntry]) -> Iterator[Channel]:
+        allow_files(len(entries))
         hosts = [entry.host for entry in entries]
         trunk = Trunk(hosts, slurm.srun_words(hosts, allocation))
         for host, branch in trunk.branches.items():
