@@ -23,6 +23,8 @@ SAVING_S = 0.5
 """Kills come within this after ranks began to save, in which they save several times."""
 WEIGHTS = ("model", "train_state/optimizer")
 STEPS, EVERY = 12, 2
+MOMENT_S = 0.05
+"""About what a save of these runs takes."""
 PHASES = (
     "compared and copied",
     "folder made, no file yet",
@@ -140,8 +142,8 @@ def kill_and_resume(folder: Path, prepared: Path, count: int, worlds: tuple[int,
         run = copy_run(prepared, folder / f"run-{number}")
         for attempt in range(1, 1 + chance.randint(1, 3)):
             with crew("train_rank", world_size, run / f"attempt_{attempt}", run, attempt > 1) as ranks:
-                time.sleep(chance.uniform(0, usual_s))
-                ledger.count(kill_in_training(ranks, chance), phase_of_run(ranks))
+                wait_for_some_moment(ranks, chance, usual_s)
+                ledger.count(kill_in_training(ranks, chance), phase_of_run(ranks, run))
         with crew("train_rank", world_size, run / "last", run, True) as ranks:
             assert ranks.end() == [0] * world_size, ranks.errors()
         assert final_weights(run) == weights, f"seed {seed}, run {number} of {world_size} ranks has other weights"
@@ -160,6 +162,21 @@ def undisturbed_run(folder: Path, prepared: Path, world_size: int) -> tuple[Mapp
     return final_weights(run), time.monotonic() - began
 
 
+def wait_for_some_moment(ranks: Crew, chance: random.Random, usual_s: float) -> None:
+    """Any time of a run, or just after any of its steps or of its saves has begun; or its end, if that comes first."""
+    kind = chance.choice(["time", "step", "save"])
+    if kind == "time":
+        time.sleep(chance.uniform(0, usual_s))
+        return
+    wanted = chance.randint(1, STEPS if kind == "step" else STEPS // EVERY)
+    while all(rank.exitcode is None for rank in ranks.ranks):
+        begun = len(ranks.told("step", "step")) if kind == "step" else ranks.told("phase", "name").count("save")
+        if begun >= wanted:
+            break
+        time.sleep(0.002)
+    time.sleep(chance.uniform(0, MOMENT_S))
+
+
 def kill_in_training(ranks: Crew, chance: random.Random) -> str:
     """As ``kill_some``; of those that live on one may be asked for the last finished step, as a launcher would."""
     if len(ranks.ranks) == 1 or chance.random() < 0.4:
@@ -174,14 +191,16 @@ def kill_in_training(ranks: Crew, chance: random.Random) -> str:
     return "one first, another asked to save" if can_save else "one first"
 
 
-def phase_of_run(ranks: Crew) -> str:
-    """What rank 0 was doing."""
+def phase_of_run(ranks: Crew, run: Path) -> str:
+    """What rank 0 was doing, beside a checkpoint's writing or not."""
     said = ranks.told("phase", "name")
     if not said:
         return "starting"
     steps = ranks.told("step", "step")
     if said[-1] == "train" and not steps:
         return "before its first step"
+    if said[-1] == "train" and next(run.glob("checkpoints/*.partial-*"), None):
+        return "training while a checkpoint is written"
     return {"train": "training", "save": "saving", "load": "loading"}.get(said[-1], said[-1])
 
 

@@ -68,6 +68,7 @@ def environment_of(seat: Seat) -> Mapping[str, str]:
         contract.BACKEND: "gloo",
         contract.RANK_DIR: str(seat.folder),
         contract.EVENT_FD: str(events),
+        "OMP_NUM_THREADS": "1",  # else a rank that is alone has two: they wait for each other on a busy machine
         **store,
     }
 
