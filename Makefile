@@ -114,7 +114,7 @@ test-zero: $(READY)
 	$(BIN)/python -m pytest tests/zero
 
 # Every fault of the catalogue, injected into real runs on such hosts; writes docs/faults.md. The slice begins no row
-# after ten minutes; CI runs five of them: make chaos-quick SLICE=5 MODES=hosts
+# after ten minutes; less, on two hosts only: make chaos-quick SLICE=5 MODES=hosts
 .PHONY: chaos chaos-quick
 chaos: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m chaos --report docs/faults.md
