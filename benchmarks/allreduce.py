@@ -88,13 +88,13 @@ def main() -> int:
     return on_two_hosts() if flags.two_hosts else start(flags.ranks)
 
 
-def start(ranks: int) -> int:
+def start(ranks: int, timeout_s: float = RANK_TIMEOUT_S) -> int:
     """Runs this script once per rank and returns the first bad exit code."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     envs = [_environment(rank, ranks, ranks, "127.0.0.1", port) for rank in range(ranks)]
-    return _first_fault([subprocess.Popen([sys.executable, *sys.argv], env=env) for env in envs])
+    return _first_fault([subprocess.Popen([sys.executable, *sys.argv], env=env) for env in envs], timeout_s)
 
 
 def on_two_hosts() -> int:
@@ -127,9 +127,9 @@ def _environment(rank: int, ranks: int, local_size: int, addr: str, port: int) -
     }
 
 
-def _first_fault(children: Sequence[subprocess.Popen[Any]]) -> int:
+def _first_fault(children: Sequence[subprocess.Popen[Any]], timeout_s: float = RANK_TIMEOUT_S) -> int:
     try:
-        codes = [child.wait(timeout=RANK_TIMEOUT_S) for child in children]
+        codes = [child.wait(timeout=timeout_s) for child in children]
     finally:
         for child in children:
             child.kill()

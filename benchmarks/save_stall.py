@@ -23,11 +23,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from allreduce import start
+from allreduce import RANK_TIMEOUT_S, start
 
 MEASURED: Final = "measured.json"
 LOADS: Final = 5
 CHUNK: Final = 8 << 20
+STEP_S: Final = 60.0
+"""More than a step takes anywhere."""
 STALL_TARGET, SLOWER_TARGET, LOAD_TARGET = 1.5, 0.05, 1.0
 
 
@@ -47,7 +49,7 @@ def main() -> int:
     if "RANK" in os.environ:
         return rank(flags.folder)
     prepare(flags)
-    if code := start(flags.ranks):
+    if code := start(flags.ranks, max(RANK_TIMEOUT_S, STEP_S * flags.every * flags.saves)):
         return code
     words = [sys.executable, __file__, "--load", str(flags.folder)]
     loads = json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
