@@ -54,8 +54,9 @@ def main() -> int:
             for bed in beds.values():
                 with _shared(args.share):
                     bed.compute_reference()
+            ready = time.monotonic()
             for fault, mode in ((fault, mode) for fault in wanted for mode in args.modes):
-                if time.monotonic() - began > 60 * args.minutes:
+                if lines and time.monotonic() - ready > 60 * args.minutes:
                     print(f"not begun after {args.minutes:g} minutes: row {fault.number}, {mode}", flush=True)
                     continue
                 with _shared(args.share):
@@ -67,7 +68,6 @@ def main() -> int:
         kept = [json.loads(text) for text in args.results.read_text().splitlines()] if args.results else []
         args.report.write_text(markdown(newest(kept) or lines, facts, INTRO))
     failed = [line for line in lines if not line.passed]
-    assert lines, "no row was begun"
     print(f"{len(lines) - len(failed)} of {len(lines)} passed in {time.monotonic() - began:.0f} s")
     return 1 if failed else 0
 
