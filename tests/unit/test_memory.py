@@ -142,7 +142,8 @@ def test_scores_of_a_held_out_row_count_where_attention_makes_them(
     model = make_model(plan, attention).to(WEIGHT_DTYPES[precision])
     peak_bytes(model, 16)
     found, peak = held_out_bytes(config, model, attention), peak_bytes(model, length)
-    logits = 3 * 4 * length * plan.vocab_size  # at most; the peak is without them
+    # Logits are not in the peak; they are the most that is predicted where attention makes no scores.
+    logits = 0 if attention == "eager" or shape in ("falcon-7b", "falcon-rw") else 3 * 4 * length * plan.vocab_size
     assert 0.9 * peak < found < 1.6 * peak + logits
     again = LoopConfig(grad_checkpointing=True)  # training keeps little beside it
     alone = dataclasses.replace(config, strategy="lora", model=ModelConfig(attention=attention), loop=again)
