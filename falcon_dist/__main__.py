@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import logging
 import os
@@ -11,8 +12,8 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -67,7 +68,8 @@ def _run(verb: str, words: list[str]) -> int:
 
     config = read_config(args.config)
     folder = (args.run_dir or args.config.parent).resolve()
-    from falcon_dist.train import train
+    with _imports():
+        from falcon_dist.train import train
 
     result = train(config, folder, resume=args.resume).result
     if contract.RANK_DIR in os.environ:
@@ -79,7 +81,9 @@ def _speak(verb: str, words: list[str]) -> int:
     """A verb for people, who may interrupt it, or read as much as they want and leave."""
     try:
         _quiet()
-        code = int(getattr(importlib.import_module(f"falcon_dist.{verb}"), verb)(words))
+        with _imports():
+            module = importlib.import_module(f"falcon_dist.{verb}")
+        code = int(getattr(module, verb)(words))
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -96,8 +100,9 @@ def _prepare(words: list[str]) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as falcon-launch takes it")
     parser.add_argument("--run-dir", type=Path, help="the run folder (default: the config's, of a recipe none)")
     args = parser.parse_args(words)
-    from falcon_dist.prepare import prepare
-    from falcon_dist.settings import load
+    with _imports():
+        from falcon_dist.prepare import prepare
+        from falcon_dist.settings import load
 
     config, source = load(args.config, args.set), Path(args.config)
     with tempfile.TemporaryDirectory() as nowhere:
@@ -132,7 +137,8 @@ def _leave_failure(error: str) -> None:
 def _quiet() -> None:
     """Libraries' progress bars and advice stay out of the ranks' logs; their warnings and errors do not."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from transformers.utils import logging as hf_logging
+    with _imports():
+        from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
@@ -140,6 +146,17 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed, which transformers imports where it is installed, sets its logger's level itself.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+@contextmanager
+def _imports() -> Iterator[None]:
+    """What is imported stays: looking for garbage among it would take a fifth of a start, and of every later round."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _leave(code: int) -> NoReturn:

@@ -27,6 +27,8 @@ CHECKPOINT: Final = "checkpoint"
 CHUNK: Final = 1 << 20
 STRANGER_S: Final = 5.0
 LONGEST_LINE: Final = 64 << 20
+FAULT: Final = "preparing from node 0: "
+"""How the line begins that tells why it failed, on either side."""
 Files = list[tuple[str, int, int]]
 Stream = BufferedRWPair
 
@@ -286,7 +288,7 @@ def main(argv: Sequence[str]) -> None:
             case _:
                 sys.exit("launcher.courier: started by the agents of a run only")
     except (OSError, ValueError) as fault:
-        sys.exit(f"preparing from node 0: {fault}")
+        sys.exit(f"{FAULT}{fault}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from falcon_dist.contract import PEER_IS_GONE, RankResult
+from launcher import courier
 from launcher.events import Cause, Ended
 from launcher.plan import LaunchPlan, RankPlan
 from launcher.report import RankOutcome, RunReport, outcome_of
@@ -39,6 +40,7 @@ class Record:
         self._phases: list[tuple[str, float]] = []
         self.summary: tuple[str, ...] = ()
         self.prepare_tail: tuple[str, ...] = ()
+        self._tail_echoes = False
         self.checkpoint: str | None = None
         self.checkpoint_step = 0
         self.first_step: int | None = None
@@ -108,11 +110,11 @@ class Record:
         heard = self._heard[rank]
         return heard.ended.signal is None and _is_of_a_peer(heard.stderr_tail)
 
-    def prepared(self, node_rank: int, ended: Ended, tail: tuple[str, ...]) -> bool:
-        """A node's preparation has ended; whether badly, and only because node 0, which all others need, is gone."""
-        echo = bool(node_rank and ended.exit_code) and _is_of_a_peer(tail)
-        if ended.exit_code and (not self.prepare_tail or _is_of_a_peer(self.prepare_tail)):
-            self.prepare_tail = tail
+    def prepared(self, ended: Ended, tail: tuple[str, ...]) -> bool:
+        """A node's preparation has ended; whether badly, and only because whom it sends to or hears from is gone."""
+        echo = bool(ended.exit_code) and _is_of_a_peer([line for line in tail if line.startswith(courier.FAULT)])
+        if ended.exit_code and (not self.prepare_tail or (self._tail_echoes and not echo)):
+            self.prepare_tail, self._tail_echoes = tail, echo
         return echo
 
     def main_told(self, told: Mapping[str, Any], now_s: float) -> None:

@@ -253,7 +253,7 @@ class Run:
 
     def _on_prepared(self, node_rank: int, event: dict[str, Any]) -> None:
         ended = Ended(code=event["code"], signal=event["signal"])
-        told = {"echo": self._record.prepared(node_rank, ended, tuple(event.get("tail", ())))}
+        told = {"echo": self._record.prepared(ended, tuple(event.get("tail", ())))}
         told |= {"oom_kills": event.get("oom_kills", 0)}
         where = self._channels[node_rank].host if len(self._channels) > 1 else ""
         self._happened(Prepared(node_rank=node_rank, ended=ended, text=where, **told))

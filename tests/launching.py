@@ -13,6 +13,16 @@ from typing import Any
 from tiny_models import TEXT, write_model
 
 BIN = Path(sys.executable).parent
+
+
+def _cpu_of_worker() -> str:
+    """One of the cpus that tests may use, for each worker of pytest-xdist another one."""
+    cpus = sorted(os.sched_getaffinity(0))
+    return str(cpus[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % len(cpus)])
+
+
+ALONE = ("--nproc-per-node", "1", "--cores-list", _cpu_of_worker())
+"""One rank with one thread: two would wait for each other in every layer while the other worker's ranks have a cpu."""
 RECIPE = """
 [model]
 name = "{model}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from launching import launch, only_run, weights_digest, write_inputs
+from launching import ALONE, launch, only_run, weights_digest, write_inputs
 
 from falcon_dist import checkpoint
 
@@ -45,12 +45,12 @@ def test_early_stop_ends_well_and_a_resume_finds_nothing_left_to_do(tmp_path: Pa
     # No gain is large enough, so the first evaluation stays the best one.
     sets = ("evaluate.every=1", "evaluate.patience=2", "evaluate.min_gain=100.0", "evaluate.base=false")
     flags = [word for item in sets for word in ("--set", item)]
-    done = launch(tmp_path, "--recipe", str(recipe), "--run-id", "r", *flags)
+    done = launch(tmp_path, *ALONE, "--recipe", str(recipe), "--run-id", "r", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stopped early at step 3: no lower held-out loss since step 1" in done.stdout
     last = tmp_path / "runs" / "r" / "checkpoints" / "step-000003"
     before = weights_digest(last)
-    again = launch(tmp_path, "--resume", "r")
+    again = launch(tmp_path, *ALONE, "--resume", "r")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "all 3 steps are done already" in again.stdout
     assert weights_digest(last) == before

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from launching import environment, launch, step_records, weights_digest, write_inputs
+from launching import ALONE, environment, launch, step_records, weights_digest, write_inputs
 
 LAST = "step-000008"
 TRAIN = ("-m", "falcon_dist", "train")
@@ -46,7 +46,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     settings = ("--set", "loop.global_batch=12", "--set", "evaluate.base=false")
     recipe = str(write_inputs(folder, records=200))
-    done = launch(folder, "--nproc-per-node", "1", "--recipe", recipe, "--run-id", "r", *settings)
+    done = launch(folder, *ALONE, "--recipe", recipe, "--run-id", "r", *settings)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "runs" / "r"
 

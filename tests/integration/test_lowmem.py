@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from launching import launch, only_run, step_records, weights_digest, write_inputs
+from launching import ALONE, launch, only_run, step_records, weights_digest, write_inputs
 from safetensors.torch import load_file, save_file
 from tiny_models import falcon_7b, write_model
 
@@ -45,7 +45,7 @@ def test_resumed_on_two_ranks_has_the_same_weights_and_state(whole: Path, tmp_pa
 
 def test_accumulation_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     recipe = str(write_inputs(tmp_path))
-    done = launch(tmp_path, "--recipe", recipe, "--set", "strategy=full-lowmem", "--nproc-per-node", "1")
+    done = launch(tmp_path, "--recipe", recipe, "--set", "strategy=full-lowmem", *ALONE)
     assert done.returncode == 2
     assert "cannot accumulate 4 micro-batches; set loop.micro_batch=4 and loop.grad_accum=1" in done.stderr
 

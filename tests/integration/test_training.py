@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from launching import (
+    ALONE,
     BIN,
     environment,
     launch,
@@ -113,7 +114,7 @@ def test_checkpoint_gives_the_logits_of_the_trained_model(tmp_path: Path, precis
     recipe = write_inputs(tmp_path)
     recipe.write_text(f'precision = "{precision}"\n' + recipe.read_text())
     run = tmp_path / "run"
-    plan = launch(tmp_path, "--recipe", str(recipe), "--run-id", "x", "--set", "loop.max_steps=3")
+    plan = launch(tmp_path, *ALONE, "--recipe", str(recipe), "--run-id", "x", "--set", "loop.max_steps=3")
     assert plan.returncode == 0, plan.stderr
     run.mkdir()
     for name in ("config.json", "prepared.json"):
@@ -125,7 +126,7 @@ def test_checkpoint_gives_the_logits_of_the_trained_model(tmp_path: Path, precis
 
 def test_one_rank_and_two_ranks_train_the_same_rows(two_ranks, tmp_path: Path) -> None:
     recipe = write_inputs(tmp_path)
-    done = launch(tmp_path, "--nproc-per-node", "1", "--recipe", str(recipe))
+    done = launch(tmp_path, *ALONE, "--recipe", str(recipe))
     assert done.returncode == 0, done.stderr
     alone, together = step_records(only_run(tmp_path)), step_records(only_run(two_ranks[0]))
     for step in range(1, 9):
@@ -199,7 +200,7 @@ def test_killed_at_a_random_step_and_resumed_has_the_same_weights(two_ranks, tmp
 def test_resumed_on_fewer_ranks_trains_the_same_rows(two_ranks, tmp_path: Path) -> None:
     recipe = write_inputs(tmp_path)
     kill_all_at(4, tmp_path, recipe, "killed")
-    resumed = launch(tmp_path, "--nproc-per-node", "1", "--resume", "killed")
+    resumed = launch(tmp_path, *ALONE, "--resume", "killed")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     whole, rest = step_records(only_run(two_ranks[0])), step_records(tmp_path / "runs" / "killed", attempt=2)
     assert max(rest) == 8
@@ -229,25 +230,27 @@ def test_corrupted_newest_checkpoint_is_refused_and_the_one_before_is_taken(two_
 
 def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
     recipe = write_inputs(tmp_path)
-    assert launch(tmp_path, "--recipe", str(recipe), "--run-id", "r", "--set", "loop.max_steps=4").returncode == 0
-    done = launch(tmp_path, "--resume", "r", "--set", "seed=1")
+    first = launch(tmp_path, *ALONE, "--recipe", str(recipe), "--run-id", "r", "--set", "loop.max_steps=4")
+    assert first.returncode == 0, first.stderr
+    done = launch(tmp_path, *ALONE, "--resume", "r", "--set", "seed=1")
     assert done.returncode == 2
     assert '--resume: seed was "0" when step-000004 was saved and is "1" now' in done.stderr
     assert re.search(r"seed  0     1$", done.stdout, re.MULTILINE)
-    again = launch(tmp_path, "--resume", "r")
+    again = launch(tmp_path, *ALONE, "--resume", "r")
     assert again.returncode == 0, again.stderr
     assert "all 4 steps are done already" in again.stdout
 
 
 def test_resume_with_another_model_config_or_tokenizer_is_refused_in_a_table(tmp_path: Path) -> None:
     recipe = write_inputs(tmp_path)
-    assert launch(tmp_path, "--recipe", str(recipe), "--run-id", "r", "--set", "loop.max_steps=2").returncode == 0
+    first = launch(tmp_path, *ALONE, "--recipe", str(recipe), "--run-id", "r", "--set", "loop.max_steps=2")
+    assert first.returncode == 0, first.stderr
     last = tmp_path / "runs" / "r" / "checkpoints" / "step-000002"
     facts = checkpoint.read(last).facts
     model, aside = tmp_path / "model", shutil.copytree(tmp_path / "model", tmp_path / "aside")
     for name, values in (("config.json", {"layer_norm_epsilon": 0.5}), ("tokenizer_config.json", {"odd": 7})):
         (model / name).write_text(json.dumps({**json.loads((model / name).read_text()), **values}))
-    done = launch(tmp_path, "--resume", "r")
+    done = launch(tmp_path, *ALONE, "--resume", "r")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     for what in ("tokenizer", "model config"):
@@ -259,7 +262,7 @@ def test_resume_with_another_model_config_or_tokenizer_is_refused_in_a_table(tmp
     shutil.rmtree(model)
     aside.rename(model)
     retell(last, code="0" * 64, tokenizer=None)
-    other = launch(tmp_path, "--resume", "r")
+    other = launch(tmp_path, *ALONE, "--resume", "r")
     assert other.returncode == 0, other.stderr
     assert "step-000002 was saved by another version:" in other.stdout
     assert re.search(rf"falcon-dist code  0{{12}}  {facts['code'][:12]}", other.stdout)
@@ -276,10 +279,10 @@ def retell(path: Path, **changes: str | None) -> None:
 
 def test_no_checkpoint_that_can_be_trusted_is_an_error(tmp_path: Path) -> None:
     recipe = write_inputs(tmp_path)
-    flags = ["--set", "loop.max_steps=2"]
+    flags = [*ALONE, "--set", "loop.max_steps=2"]
     assert launch(tmp_path, "--recipe", str(recipe), "--run-id", "r", *flags).returncode == 0
     (tmp_path / "runs" / "r" / "checkpoints" / "step-000002" / "manifest.json").unlink()
-    done = launch(tmp_path, "--resume", "r")
+    done = launch(tmp_path, *ALONE, "--resume", "r")
     assert done.returncode == 2
     assert "--resume: no checkpoint in" in done.stderr
     assert "can be trusted" in done.stderr
@@ -289,7 +292,7 @@ def test_numbers_that_are_no_longer_finite_stop_the_run_before_they_are_saved(tm
     recipe = write_inputs(tmp_path)
     done = launch(
         tmp_path,
-        *("--recipe", str(recipe), "--run-id", "r", "--set", "optim.lr=1e30", "--set", "optim.warmup_steps=0"),
+        *(*ALONE, "--recipe", str(recipe), "--run-id", "r", "--set", "optim.lr=1e30", "--set", "optim.warmup_steps=0"),
         *("--set", "checkpoint.every=1"),
     )
     assert done.returncode == contract.EXIT_UNSOUND

@@ -173,11 +173,30 @@ def test_who_is_cut_off_from_node_0_says_so_and_is_taken_for_an_echo(tmp_path, r
     failed = Ended(code=receiver.returncode)
     assert failed.code == 1
     told = Record(SimpleNamespace(nodes=()), ())
-    assert [told.prepared(node, failed, tail) for node in (0, 1)] == [False, True]
-    assert not told.prepared(1, Ended(code=0), ())
+    assert told.prepared(failed, tail)
+    assert not told.prepared(Ended(code=0), ())
     assert told.prepare_tail == tail
-    assert not told.prepared(2, failed, ("no such model",))
-    assert told.prepare_tail == ("no such model",)
+    of_a_hub = ("Connection reset by peer",)
+    assert not told.prepared(failed, of_a_hub)
+    assert told.prepared(failed, tail)
+    assert told.prepare_tail == of_a_hub
+
+
+def test_node_0_that_lost_whom_it_sent_to_is_taken_for_an_echo(tmp_path):
+    (tmp_path / "prepared.json").write_text(json.dumps({}))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        offered = [str(listening.fileno()), str(tmp_path / "prepared.json"), "1"]
+        sender = subprocess.Popen(
+            [sys.executable, "-P", "-m", "launcher.courier", "offer", *offered],
+            stderr=subprocess.PIPE, text=True, env={**os.environ, courier.TOKEN: "t"}, cwd=ROOT,
+            pass_fds=[listening.fileno()],
+        )  # fmt: skip
+        with socket.create_connection(listening.getsockname()) as gone, gone.makefile("rwb") as stream:
+            courier._write(stream, {"token": "t"})
+            courier._read(stream)
+        tail = tuple(sender.communicate(timeout=30)[1].splitlines())
+    assert sender.returncode == 1
+    assert Record(SimpleNamespace(nodes=()), ()).prepared(Ended(code=1), tail)
 
 
 def test_a_received_folder_has_the_same_bytes(tmp_path):
