@@ -45,6 +45,8 @@ class Job:
     write_rest: Callable[[Path], None]
     """Writes what is beside the tensors; done by rank 0."""
     facts: Mapping[str, Any]
+    anew: bool = False
+    """A whole checkpoint of this step that stands there already is not the run's own."""
 
 
 def write_job(job: Job, team: Team) -> None:
@@ -80,7 +82,7 @@ def _lead(job: Job, team: Team) -> None:
             faults.append(_fault_of(partial(_take_part, told, rank, job, team)))
         if fault := next(filter(None, faults), None):
             raise SaveError(fault)
-        checkpoint.commit(folder, final, {"step": job.step, **job.facts}, told)
+        checkpoint.commit(folder, final, {"step": job.step, **job.facts}, told, anew=job.anew)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -51,24 +52,24 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def committed(root: Path, step: int, facts: Mapping[str, Any]) -> Iterator[Path]:
-    """A temporary folder to fill; when the block ends well it becomes the checkpoint of this step.
+def committed(root: Path, step: int, facts: Mapping[str, Any], *, anew: bool = False) -> Iterator[Path]:
+    """A temporary folder to fill; when the block ends well it becomes the checkpoint of this step, see ``commit``.
 
     Raises:
         UserError: the disk is full or cannot be written. Older checkpoints stay as they are.
     """
-    with written(root / folder_name(step), {"step": step, **facts}) as partial:
+    with written(root / folder_name(step), {"step": step, **facts}, anew=anew) as partial:
         yield partial
 
 
 @contextlib.contextmanager
-def written(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+def written(final: Path, facts: Mapping[str, Any], *, anew: bool = False) -> Iterator[Path]:
     """The same for a folder of any name: it is there whole, with its manifest, or not at all."""
     partial = partial_of(final)
     try:
         partial.mkdir(parents=True)
         yield partial
-        commit(partial, final, facts)
+        commit(partial, final, facts, anew=anew)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f'checkpoint: cannot write "{final}": {reason}; earlier checkpoints are untouched') from error
@@ -81,7 +82,9 @@ def partial_of(final: Path, kind: str = "") -> Path:
     return final.with_name(f"{final.name}{_PARTIAL}{kind}{os.getpid()}")
 
 
-def commit(partial: Path, final: Path, facts: Mapping[str, Any], told: Mapping[str, Told] | None = None) -> None:
+def commit(
+    partial: Path, final: Path, facts: Mapping[str, Any], told: Mapping[str, Told] | None = None, *, anew: bool = False
+) -> None:
     """Gives a filled folder its manifest and its name; what stands there already is kept if it is whole.
 
     Not if the run can be gone on with from the new one only.
@@ -91,13 +94,13 @@ def commit(partial: Path, final: Path, facts: Mapping[str, Any], told: Mapping[s
         final: its name.
         facts: what the run tells of itself.
         told: files that were hashed and synchronised while they were written, by name in the folder.
+        anew: what stands there, whole or not, was refused when the run was resumed.
     """
     _write_manifest(partial, facts, told or {})
-    if fault_of(final) is None and holds_state(final) >= holds_state(partial):
+    if not anew and fault_of(final) is None and holds_state(final) >= holds_state(partial):
         return  # a rank that was asked for this step in an emergency came first
     if final.exists():
-        # Else only a resume that refused this very checkpoint writes it again.
-        final.rename(final.with_name(f"{final.name}.refused-{os.getpid()}"))
+        final.rename(final.with_name(f"{final.name}.refused-{os.getpid()}-{secrets.token_hex(2)}"))
     partial.rename(final)
     _sync(final.parent)
 

@@ -55,6 +55,7 @@ EMERGENCY_GRACE_S: Final = 60.0
 PEER_IS_GONE: Final = (
     *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe"),
     *("connection was closed", "recvValue failed", "Socket Timeout", "Timed out waiting", "peer is gone"),
+    *("Failed to recv, got 0 bytes", "Failed to send, sent 0 bytes"),
 )
 """What torch, gloo and oneCCL say in a rank whose peer has died; the last is ccl/src/executor.cpp's."""
 

@@ -100,7 +100,9 @@ def find_model(config: ModelConfig) -> str:
     """
     if config.name.startswith(PREFIX):
         return str(packaged_model(config.name))
-    looks_like_path = config.name.startswith((".", "/", "~"))
-    if looks_like_path and not Path(config.name).expanduser().is_dir():
+    folder = Path(config.name).expanduser()
+    if folder.is_dir():
+        return str(folder.absolute())  # ranks work elsewhere, and other hosts are sent what is named so
+    if config.name.startswith((".", "/", "~")):
         raise UserError(f'model.name: no such folder: "{config.name}"')
-    return str(Path(config.name).expanduser()) if Path(config.name).expanduser().is_dir() else config.name
+    return config.name

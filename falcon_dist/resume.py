@@ -40,6 +40,7 @@ def resume_point(run: Run, team: Team, below: int | None = None) -> checkpoint.C
         for path, reason in choice.refused:
             run.reporter.line(f"refused {path}: {reason}")
         step = choice.newest.step if choice.newest else -len(choice.refused)
+    team.meet(run.world.world_size)  # what a save that was cut off has left may take long to remove
     step = agree_on(step)
     if step < 0 or (step == 0 and below is not None):
         raise UserError(f'--resume: no checkpoint in "{run.checkpoints}" can be trusted; start a new run')
@@ -96,7 +97,10 @@ def restore(
         read: dict[Path, tuple[dict[str, torch.Tensor], int]] = {}
         leads = team.leads
         chosen = _newest_that_reads(
-            run, team, chosen, lambda path: read.update({path: train_state.load(path, kept)}) if leads else None
+            run,
+            team,
+            chosen,
+            lambda path: read.update({path: train_state.load(path, kept, team.get_on)}) if leads else None,
         )
         state, steps = _handed_out(team, kept, read.get(chosen.path))
         optimizer.load_named_state(train_state.parameter_names(model), state, steps)

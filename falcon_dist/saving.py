@@ -74,6 +74,7 @@ class Saver:
         with self.run.reporter.phase("save"):
             began = time.monotonic()
             self._writer.finish()
+            self.meet()  # on rank 0 rotation belongs to it, which may take longer than a collective waits
             kept = self._kept()
             if kept is None:
                 self._save_together(step)
@@ -85,9 +86,10 @@ class Saver:
             self.run.reporter.line(line)
 
     def keep(self, step: int) -> None:
-        """A step that has its checkpoint turned out to be the best: link and rotation as after its save."""
+        """Links and rotation of a step that has its checkpoint: a survivor, or who was killed, left them undone."""
         if self.team.leads:
             self._tidy(step, tuple(self.monitor.points))
+        self.meet()
 
     def check_replicas(self, step: int) -> None:
         """Compares all ranks' state where it is due.
@@ -103,7 +105,10 @@ class Saver:
         """Also before a save, to which every rank gives a share: none of a state that differs is ever kept."""
         world_size = self.run.world.world_size
         if world_size > 1 and self._compared != step:
-            replicas.check_equal(kept.tensors, self.team, world_size, step)
+            tensors = dict(kept.tensors)
+            if not kept.optimizer:  # what no checkpoint holds trains all the same
+                tensors |= sorted(self.optimizer.named_state(train_state.parameter_names(self.model)).items())
+            replicas.check_equal(tensors, self.team, world_size, step)
             self._compared = step
 
     def finish(self) -> None:
@@ -114,7 +119,7 @@ class Saver:
         """
         with self.run.reporter.phase("save"):
             fault = self._writer.finish() or self._fault
-            self._meet()
+            self.meet()
         if fault:
             raise UserError(
                 f'checkpoint: cannot write in "{self.run.checkpoints}": {fault}; earlier checkpoints are untouched; '
@@ -135,10 +140,12 @@ class Saver:
         self._keep_state()
         with self.updates.held() as step:
             path = self.run.checkpoints / checkpoint.folder_name(step)
-            if checkpoint.fault_of(path) is not None or not checkpoint.holds_state(path):
+            anew = step in self.refused
+            if anew or checkpoint.fault_of(path) is not None or not checkpoint.holds_state(path):
                 self._check_finite(step)
-                with checkpoint.committed(self.run.checkpoints, step, self._facts()) as folder:
+                with checkpoint.committed(self.run.checkpoints, step, self._facts(), anew=anew) as folder:
                     self.run.strategy.save(folder, self.model, self.tokenizer, self.optimizer)
+                self.refused -= {step}
         return path, step
 
     def _keep_state(self) -> None:
@@ -146,6 +153,7 @@ class Saver:
         if not self.run.strategy.keeps_state:
             self.run.strategy.keeps_state = True
             self._may_copy = False  # no copy of so much was reckoned with
+            self._compared = 0  # the weights alone were
 
     def _kept(self) -> Kept | None:
         return self.run.strategy.kept(self.model, self.tokenizer, self.optimizer)
@@ -170,13 +178,15 @@ class Saver:
             tensors=self._copied(tensors) if copies else tensors,
             write_rest=partial(train_state.write_rest, kept=kept, shards=shards),
             facts=self._facts(),
+            anew=step in self.refused,
         )
         self._writer.begin(job, partial(self._settle, step, tuple(self.monitor.points)))
         self._fault = None if copies else self._writer.finish()
         if not self._beside_training:
-            self._meet()  # removing older ones may take rank 0 longer than a collective waits
+            self.meet()  # removing older ones may take rank 0 longer than a collective waits
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
+        """Returns when all ranks have called it, however long their disks take."""
         self.team.meet(self.run.world.world_size)
 
     def _copied(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -238,10 +248,11 @@ class Saver:
             run.checkpoints / checkpoint.folder_name(step),
             {"step": step, **self._facts()},
             total_bytes=run.strategy.saved_bytes(*of_model),
-            give=lambda folder: run.strategy.save(folder, *of_model, meet=self._meet),
+            give=lambda folder: run.strategy.save(folder, *of_model, meet=self.meet),
+            anew=step in self.refused,
         )
         self._settle(step, tuple(self.monitor.points), self._fault)
-        self._meet()
+        self.meet()
 
     def _check_finite(self, step: int) -> None:
         """The loop looks at loss and gradients of a step after its update, where this step may never have come to."""

@@ -55,24 +55,31 @@ class Team:
 
         Raises:
             SaveError: the save has failed in the meantime.
+            RuntimeError: there was no sign of any rank for STALLED_S.
         """
         wanted, done = f"save/{save}/{name}", f"save/{save}/done"
+        wait = _Wait(self.board)
         while not self.board.check([wanted]):
             # What is said before the end is there when the end is: it may have come since it was looked for.
             if self.board.check([done]) and not self.board.check([wanted]):
                 self._check_done(self.board.get(done))
-            time.sleep(POLL_S)
+            wait.pause(f'"{name}" of the save of step {save} was not told')
         value = json.loads(self.board.get(wanted))
         if isinstance(value, dict) and "fault" in value:
             raise SaveError(value["fault"])
         return value
 
     def everyone_says(self, about: str, mine: str, world_size: int) -> list[str]:
-        """What each rank says about something, in rank order, however long it takes; to be called by all ranks."""
+        """What each rank says about something, in rank order; to be called by all ranks.
+
+        Raises:
+            RuntimeError: there was no sign of any rank for STALLED_S.
+        """
         self.board.set(f"{about}/{self.rank}", json.dumps(mine))
         keys = [f"{about}/{rank}" for rank in range(world_size)]
+        wait = _Wait(self.board)
         while not self.board.check(keys):
-            time.sleep(POLL_S)
+            wait.pause(f"not all of {world_size} ranks said anything about {about}")
         return [json.loads(self.board.get(key)) for key in keys]
 
     def get_on(self) -> None:
@@ -95,20 +102,33 @@ class Team:
             self._wait_for("left", wanted, world_size)
 
     def _wait_for(self, what: str, wanted: int, world_size: int) -> None:
-        heard, since, pause = (0, 0), time.monotonic(), POLL_S
+        wait, pause = _Wait(self.board), POLL_S
         while (here := self.board.add(f"meeting/{what}", 0)) < wanted:
-            told = (here, self.board.add("meeting/signs", 0))
-            if told != heard:
-                heard, since = told, time.monotonic()
-            elif time.monotonic() - since > STALLED_S:
-                raise RuntimeError(f"{wanted - here} of {world_size} ranks did not come, no sign for {STALLED_S:g} s")
-            time.sleep(pause)
+            wait.pause(f"{wanted - here} of {world_size} ranks did not come", here, seconds=pause)
             pause = min(2 * pause, LONGEST_POLL_S)
 
     @staticmethod
     def _check_done(text: bytes) -> None:
         fault = json.loads(text).get("fault")
         raise SaveError(fault or "it was ended without this rank's part")
+
+
+class _Wait:
+    """For what the board does not have yet, as long as there are signs of any rank's work."""
+
+    def __init__(self, board: Store) -> None:
+        self._board = board
+        self._heard: tuple[int, ...] = ()
+        self._since = time.monotonic()
+
+    def pause(self, missing: str, *moved: int, seconds: float = POLL_S) -> None:
+        """Sleeps; ``moved`` are counts whose change is a sign as well."""
+        told = (*moved, self._board.add("meeting/signs", 0))
+        if told != self._heard:
+            self._heard, self._since = told, time.monotonic()
+        elif time.monotonic() - self._since > STALLED_S:
+            raise RuntimeError(f"{missing}, no sign for {STALLED_S:g} s")
+        time.sleep(seconds)
 
 
 def gather(board: Store, world: World, root: Path) -> Team:

@@ -24,6 +24,7 @@ def save(
     *,
     total_bytes: int,
     give: Callable[[Path | None], None],
+    anew: bool = False,
 ) -> str | None:
     """Writes a checkpoint; what went wrong in rank 0's words, or None. To be called by all ranks.
 
@@ -33,10 +34,11 @@ def save(
         facts: what the run tells of itself, with "step".
         total_bytes: of the tensors of all ranks.
         give: takes part in every gather; on rank 0 writes what it gathers into a folder.
+        anew: a whole checkpoint that stands there already is not the run's own.
     """
     name = str(facts["step"])
     if team.leads:
-        fault = _fault_of(lambda: _lead(team, final, facts, total_bytes, give))
+        fault = _fault_of(lambda: _lead(team, final, facts, total_bytes, give, anew=anew))
         team.tell(name, "done", {"fault": fault} if fault else {})
         return fault
     try:
@@ -49,7 +51,13 @@ def save(
 
 
 def _lead(
-    team: Team, final: Path, facts: Mapping[str, Any], total_bytes: int, give: Callable[[Path | None], None]
+    team: Team,
+    final: Path,
+    facts: Mapping[str, Any],
+    total_bytes: int,
+    give: Callable[[Path | None], None],
+    *,
+    anew: bool,
 ) -> None:
     folder = checkpoint.partial_of(final, "shared")
     try:
@@ -57,7 +65,7 @@ def _lead(
         checkpoint.check_room(folder, total_bytes)
         team.tell(str(facts["step"]), "folder", folder.name)
         give(folder)
-        checkpoint.commit(folder, final, facts)
+        checkpoint.commit(folder, final, facts, anew=anew)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

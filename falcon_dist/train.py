@@ -130,6 +130,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
         same_everywhere(store.digest, "packed rows")
         same_everywhere(digest_of(run.identity), "model and tokenizer")
         team = gather(board, world, run.checkpoints)
+        run.strategy.get_on = team.get_on
         return _train_in_group(run, team, seen, resume=resume)
 
 
@@ -208,7 +209,8 @@ def _fit(
         updates=Updates(start, optimizer),
         refused=frozenset(step for step in committed_steps(run.checkpoints) if step > start),
     )
-    if catch_up(run, monitor, start).save and run.config.checkpoint.keep_best:
+    catch_up(run, monitor, start)
+    if start:
         saver.keep(start)
     if start >= run.schedule.total_steps or monitor.stopped:
         tell_early_stop(run, monitor, start)
@@ -233,6 +235,10 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
     pace = Pace(model)
     emergency = Emergency(saver.save_last_finished if saver.can_save_alone else None, run.reporter)
 
+    def begin() -> None:
+        run.strategy.begin(trainer.model_wrapped)
+        saver.meet()  # one host may read its part of the state sooner than another
+
     def finished(step: int) -> None:
         emergency.offer()
         saver.check_replicas(step)
@@ -248,7 +254,7 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
         soundness=soundness,
         reporter=run.reporter,
         pace=pace,
-        begin=lambda: run.strategy.begin(trainer.model_wrapped),
+        begin=begin,
         finished=finished,
         save=saver.save,
         evaluate=lambda step: _evaluate(run, monitor, trainer, step),
@@ -273,11 +279,11 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
     check_place(trainer.args.process_index, trainer.args.world_size, run.world)
     try:
         trainer.train()
+        saver.finish()
     except Exception as error:
         if not emergency.wait_after(error):
             saver.finish_if_possible()
         raise
-    saver.finish()
     if callback.last_step != run.schedule.total_steps and not (monitor.stopped or stopper.agreed):
         raise RuntimeError(f"trained to step {callback.last_step} of {run.schedule.total_steps}")
     tell_early_stop(run, monitor, callback.last_step)

@@ -109,10 +109,11 @@ def write_rest(folder: Path, kept: Kept, shards: Sequence[Shard]) -> None:
         (folder / COUNTERS).write_text(json.dumps({"optimizer_steps": kept.steps}) + "\n")
 
 
-def load(folder: Path, kept: Kept) -> tuple[dict[str, torch.Tensor], int]:
+def load(folder: Path, kept: Kept, get_on: Callable[[], None] = lambda: None) -> tuple[dict[str, torch.Tensor], int]:
     """Fills the kept weights from a checkpoint; the optimizer's state, in tensors of its own, and its steps.
 
     What is read is hashed on the way and compared with the manifest, so that nothing has to be read twice.
+    ``get_on`` is called after each file, here and below: a sign for those who wait.
 
     Raises:
         DamagedError: a file is not what was written; the weights may be half filled.
@@ -120,9 +121,9 @@ def load(folder: Path, kept: Kept) -> tuple[dict[str, torch.Tensor], int]:
             file of it is not what its name says.
     """
     steps = optimizer_steps(folder)
-    fill(folder, kept)
+    fill(folder, kept, get_on)
     state: dict[str, torch.Tensor] = {}
-    for part in optimizer_parts(folder):
+    for part in optimizer_parts(folder, get_on):
         state |= part
     return state, steps
 
@@ -140,11 +141,12 @@ def _counters(path: Path, kind: str) -> tuple[dict[str, int], Told]:
     return json.loads(path.read_bytes()), told_of(path, kind)
 
 
-def optimizer_parts(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+def optimizer_parts(folder: Path, get_on: Callable[[], None] = lambda: None) -> Iterator[dict[str, torch.Tensor]]:
     """The optimizer's state, a file at a time; raises as ``load`` does."""
     _, files = checkpoint.read_manifest(folder)
     for name in sorted(name for name in files if name.startswith(OPTIMIZER)):
         yield _read(folder, name, files[name], tensor_file.read)
+        get_on()
 
 
 def _read(folder: Path, name: str, told: Told, read: Callable[[Path, str], tuple[T, Told]]) -> T:
@@ -164,7 +166,7 @@ def _read(folder: Path, name: str, told: Told, read: Callable[[Path, str], tuple
 
 
 @torch.no_grad()
-def fill(folder: Path, kept: Kept) -> None:
+def fill(folder: Path, kept: Kept, get_on: Callable[[], None] = lambda: None) -> None:
     """Gives the kept weights a checkpoint's values; raises as ``load`` does."""
     _, files = checkpoint.read_manifest(folder)
     missing = dict(kept.weights)
@@ -177,6 +179,7 @@ def fill(folder: Path, kept: Kept) -> None:
 
     for name in sorted(name for name in files if name.startswith(kept.stem) and name.endswith(TENSORS)):
         _read(folder, name, files[name], take)
+        get_on()
     if missing:
         raise UserError(f'--resume: "{folder}": weights do not fit the model: no "{min(missing)}"')
 

@@ -44,6 +44,8 @@ if TYPE_CHECKING:  # what a --dry-run never asks for is imported when it is aske
 
 POLL_S: Final = 0.1
 """How often files of running children are looked at for new lines."""
+LAST_WORDS_S: Final = 2.0
+"""How long an agent that has nothing more to do waits for the launcher to take what it said."""
 PATIENCE_S: Final = 60.0
 """How long a launcher may be silent before its first ``alive``."""
 
@@ -76,6 +78,7 @@ class Agent:
                 self._turn()
         finally:
             self._crew.end_all()
+            self._outbox.flush_within(LAST_WORDS_S)
 
     @property
     def unsent(self) -> int:
@@ -240,8 +243,17 @@ def keep(agent: int) -> None:
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         told = json.dumps({"event": "died", "signal": -code})
-        os.write(sys.stdout.fileno(), f"\n{told}\n".encode())  # its last line may lack an end
+        _say_last(f"\n{told}\n".encode())  # its last line may lack an end
     leave(code if code >= 0 else 128 - code)
+
+
+def _say_last(words: bytes) -> None:
+    """The agent has made the pipe one that never waits, and may have left it full."""
+    room = select.poll()
+    room.register(sys.stdout.fileno(), select.POLLOUT)
+    if room.poll(LAST_WORDS_S * 1000):
+        with contextlib.suppress(OSError):
+            os.write(sys.stdout.fileno(), words)
 
 
 def _speak_for(agent: int) -> None:

@@ -8,6 +8,7 @@ import errno
 import os
 import platform
 import signal
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,8 @@ MPOL_DEFAULT: Final = 0
 MPOL_BIND: Final = 2
 SET_MEMPOLICY: Final = {"x86_64": 238, "aarch64": 237, "ppc64le": 261, "s390x": 270}
 """System call numbers: the C library has no function for this one."""
+HELD_S: Final = 5.0
+"""How long a process may take to end that was killed."""
 REFUSALS: Final = (errno.EPERM, errno.ENOSYS)
 """What containers (seccomp) and kernels without NUMA answer."""
 
@@ -95,13 +98,23 @@ def observed_cpus(pid: int) -> str | None:
     return next((value.strip() for name, _, value in rows if name == "Cpus_allowed_list"), None)
 
 
-def end_orphans(keep: Collection[int] = ()) -> None:
-    """Kills what this process has adopted: all its children but ``keep``, until no more come up."""
+def end_orphans(keep: Collection[int] = ()) -> tuple[int, ...]:
+    """Kills what this process has adopted: all its children but ``keep``, until no more come up.
+
+    Returns:
+        Those that did not end within HELD_S: the kernel holds them.
+    """
+    deadline, pause = time.monotonic() + HELD_S, 0.001
     while orphans := [pid for pid in _children() if pid not in keep]:
         for pid in orphans:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+                os.waitpid(pid, os.WNOHANG)
+        if time.monotonic() > deadline:
+            return tuple(orphans)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+    return ()
 
 
 def _children() -> list[int]:

@@ -37,8 +37,9 @@ def main() -> None:
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     code = code if code >= 0 else 128 - code
-    _write(1, frames.up_end(host, code))
-    agent.leave(code)
+    told = _write(1, frames.up_end(host, code))
+    # A code that is not 0 makes srun end all other tasks, in which ranks may be saving what was trained.
+    agent.leave(0 if told else code)
 
 
 def _relay(host: str, from_launcher: int, to_agent: int, from_agent: int) -> None:

@@ -16,6 +16,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from io import BufferedRWPair
@@ -26,6 +27,7 @@ TOKEN: Final = "FALCON_COURIER_TOKEN"  # noqa: S105  # the variable's name
 CHECKPOINT: Final = "checkpoint"
 CHUNK: Final = 1 << 20
 STRANGER_S: Final = 5.0
+TOKEN_LINE: Final = 256
 LONGEST_LINE: Final = 64 << 20
 FAULT: Final = "preparing from node 0: "
 """How the line begins that tells why it failed, on either side."""
@@ -105,16 +107,25 @@ def files_of(path: Path) -> Files:
 
 def _admitted(connection: socket.socket, token: str) -> Stream | None:
     """The connection as a stream, if it begins with this run's token within a short time."""
-    connection.settimeout(STRANGER_S)
-    stream = connection.makefile("rwb")
     try:
-        if hmac.compare_digest(str(_read(stream).get("token")), token):
+        if hmac.compare_digest(str(json.loads(_first_line(connection))["token"]), token):
             connection.settimeout(None)
-            return stream
-    except (OSError, ValueError, TypeError):
+            return connection.makefile("rwb")
+    except (OSError, ValueError, TypeError, KeyError):
         pass  # a port scanner
-    stream.close()
     return None
+
+
+def _first_line(connection: socket.socket) -> bytes:
+    """All of it within STRANGER_S, however it drips; too long a one without its end."""
+    deadline, line = time.monotonic() + STRANGER_S, b""
+    while not line.endswith(b"\n") and len(line) < TOKEN_LINE:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        byte = connection.recv(1)
+        if not byte or time.monotonic() > deadline:
+            raise TimeoutError("no token")
+        line += byte
+    return line
 
 
 def _serve(stream: Stream, prepared: Path, folders: Mapping[str, Folder]) -> None:

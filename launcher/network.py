@@ -70,7 +70,9 @@ def choose(
         if all(_is_way(entry, reached.get(addr)) for entry, reached in zip(others, knocks, strict=True)):
             ifnames = (doors["addresses"][addr], *(reached[addr]["ifname"] for reached in knocks))
             return Meeting(addr=addr, ifnames=ifnames, notes=_notes(hosts.entries[0], addr, doors))
-    raise LaunchError(_unreached(hosts.entries[0], tried, [(e.host, k) for e, k in zip(others, knocks, strict=True)]))
+    found = [(entry.host, reached) for entry, reached in zip(others, knocks, strict=True)]
+    cut_off = tuple(host for host, reached in found if not reached)
+    raise LaunchError(_unreached(hosts.entries[0], tried, found), cut_off if len(cut_off) < len(others) else ())
 
 
 def way_out(entry: HostEntry) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -36,8 +35,8 @@ class Past:
     """None: it ended well."""
     hosts: tuple[str, ...]
     """Hosts it ran on."""
-    failed_host: str | None = None
-    """The host at fault: it was lost or could not do its part, or a rank there died of a signal."""
+    failed_hosts: tuple[str, ...] = ()
+    """The hosts at fault: lost, or unable to do their part, or a rank there died of a signal."""
     checkpoint_step: int = 0
     """Step of the run's newest checkpoint when it ended."""
     out_of_memory: bool = False
@@ -131,7 +130,7 @@ def _hosts(past: Sequence[Past], policy: Policy) -> tuple[str, ...]:
 
 
 def _failed_too_often(host: str, past: Sequence[Past]) -> bool:
-    return Counter(one.failed_host for one in past)[host] >= FAULTS_OF_A_HOST
+    return sum(host in one.failed_hosts for one in past) >= FAULTS_OF_A_HOST
 
 
 def _divide(hosts: Sequence[str], past: Sequence[Past]) -> bool:

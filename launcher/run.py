@@ -90,7 +90,9 @@ class Run:
             while self._state.phase != "done":
                 self._turn()
         # Where an agent was killed its ranks died with it, and what those had started has come to this process.
-        bind.end_orphans(keep={channel.pid for channel in self._channels.values()})
+        held = bind.end_orphans(keep={channel.pid for channel in self._channels.values()})
+        for pid in held:
+            self._console.complain(f"process {pid} cannot be ended: the kernel holds it, as where a disk stands still")
         self._selector.close()
         self._console.end_progress()
         self._record.step_s = self._watch.median_s
@@ -247,7 +249,7 @@ class Run:
 
     def _on_exit(self, node_rank: int, rank: int, event: dict[str, Any]) -> None:
         self._mirror.keep(node_rank, rank, event["files"])
-        self._watch.ended(rank)
+        self._watch.ended(rank, time.monotonic())
         ended = self._record.exited(rank, event)
         self._happened(Exited(rank=rank, ended=ended, echo=self._record.is_echo(rank)))
 

@@ -63,6 +63,11 @@ class Series:
                 self._take(report, began)
             except (LaunchError, HostError) as fault:
                 self._could_not_start(fault)
+            except OSError as fault:
+                if not self._entries:
+                    raise
+                # A disk that was there before can be away for a while.
+                self._could_not_start(LaunchError(f'{fault.strerror or fault}: "{fault.filename or "a process"}"'))
             match retry.after(self._past, self._policy):
                 case Again() as again:
                     self._prepare_next(again)
@@ -111,8 +116,8 @@ class Series:
         self._console.complain(str(fault))
         cause = Cause(kind="start", exit_code=EXIT_FAILED, text=str(fault))
         hosts = tuple(entry.host for entry in self._hosts.entries)
-        failed = fault.hosts[0] if fault.hosts else None
-        self._past.append(Past(cause=cause, hosts=hosts, failed_host=failed, checkpoint_step=self._best_step()))
+        step = self._best_step()
+        self._past.append(Past(cause=cause, hosts=hosts, failed_hosts=fault.hosts, checkpoint_step=step))
 
     def _best_step(self) -> int:
         return max((entry.report.checkpoint_step for entry in self._entries), default=0)
@@ -167,16 +172,16 @@ def _pinned(config: LaunchConfig, world_size: int) -> TrainConfig:
 def past_of(report: RunReport, hosts: Hostfile, checkpoint_step: int) -> Past:
     """What of an attempt matters to the next one."""
     cause, rank = report.cause, report.failed_rank
-    failed = None
+    failed: tuple[str, ...] = ()
     if cause is not None and cause.node_rank is not None:
         by_signal = rank is not None and cause.kind == "rank" and rank.signal is not None
         unprepared = cause.kind == "prepare" and cause.exit_code != EXIT_USER_ERROR
         if cause.kind in ("lost", "agent", "hang") or by_signal or unprepared:
-            failed = hosts.entries[cause.node_rank].host
+            failed = (hosts.entries[cause.node_rank].host,)
     return Past(
         cause=cause,
         hosts=tuple(entry.host for entry in hosts.entries),
-        failed_host=failed,
+        failed_hosts=failed,
         checkpoint_step=checkpoint_step,
         ranks=Counter(outcome.host for outcome in report.ranks),
         out_of_memory=(rank is not None and rank.oom_kills > 0) or (cause is not None and cause.oom_kills > 0),

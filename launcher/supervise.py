@@ -9,7 +9,7 @@ preparing --all nodes prepared--> running --all ranks ended--> done
                                              |
                                              +--grace over--> killing --all ended--> done
 
-running --asked to make way--> yielding --all ranks ended after the agreed step--> done; its grace over--> stopping
+running --asked to make way--> yielding --all ranks ended after the agreed step--> done; its grace over--> saving
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def _is_worth_saving(state: RunState) -> bool:
     cause = state.cause
     if cause is None or not state.save_grace_s:
         return False
-    return cause.kind in ("lost", "hang") or (cause.kind == "rank" and cause.exit_code not in NOT_RETRIED)
+    return cause.kind in ("lost", "hang", "yield") or (cause.kind == "rank" and cause.exit_code not in NOT_RETRIED)
 
 
 def _stop(state: RunState) -> Decision:
@@ -270,9 +270,9 @@ def _interrupted(state: RunState, signal: int) -> Decision:
 
 def _time_up(state: RunState) -> Decision:
     match state.phase:
-        case "tracing":
+        case "tracing" | "yielding":  # the step that was to be the last one takes too long; the one before is there
             return _save(state)
-        case "saving" | "yielding":
+        case "saving":
             return _stop(state)
         case "stopping":
             return _kill(state)

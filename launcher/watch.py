@@ -16,6 +16,8 @@ FIRST_STEP_S: Final = 1800.0
 """How long the first step may take at least, when nothing is known of how long steps take; less only by a short
 ``least_s``."""
 REMEMBERED: Final = 64
+AFTER_OTHERS_S: Final = 1800.0
+"""How long a rank may take to end when another one has: what they do last they do together."""
 
 
 @dataclass(slots=True)
@@ -35,6 +37,8 @@ class Watch:
     least_s: float = LEAST_S
     """0: nothing is ever due."""
     _ranks: dict[int, _Seen] = field(default_factory=dict)
+    _ended_at: float | None = None
+    """When the first of them ended."""
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     def entered(self, rank: int, phase: str, now: float) -> None:
@@ -49,9 +53,10 @@ class Watch:
                 self._seconds.append(now - seen.since)
             seen.steps, seen.since = seen.steps + 1, now
 
-    def ended(self, rank: int) -> None:
+    def ended(self, rank: int, now: float) -> None:
         """A rank is no more."""
-        self._ranks.pop(rank, None)
+        if self._ranks.pop(rank, None) and self._ended_at is None:
+            self._ended_at = now
 
     @property
     def median_s(self) -> float | None:
@@ -67,9 +72,15 @@ class Watch:
     def overdue(self, now: float) -> str | None:
         """What to say where a step is overdue, else None.
 
-        One rank outside training holds up all others, which is no fault: nothing is due then.
+        One rank outside training holds up all others, which is no fault: nothing is due then, but the end of those that
+        others have left behind.
         """
-        if not self.least_s or not self._ranks or any(s.phase != TRAINING for s in self._ranks.values()):
+        if not self.least_s or not self._ranks:
+            return None
+        if self._ended_at is not None and now - self._ended_at > AFTER_OTHERS_S:
+            left = ", ".join(map(str, sorted(self._ranks)))
+            return f"rank {left} has not ended {AFTER_OTHERS_S:g} s after another one"
+        if any(seen.phase != TRAINING for seen in self._ranks.values()):
             return None
         quiet = min(now - seen.since for seen in self._ranks.values())
         if quiet <= self.limit_s:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -74,8 +76,17 @@ class Outbox:
             self._waiting += json.dumps(message).encode() + b"\n"
             self.flush()
 
+    def flush_within(self, seconds: float) -> None:
+        """Sends what waits, and waits for room for it at most so long."""
+        deadline, room = time.monotonic() + seconds, select.poll()
+        room.register(self._fd, select.POLLOUT)
+        while self._waiting and room.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
+            self.flush()
+
     def flush(self) -> None:
         """Sends what waits, as far as it goes."""
+        if self.broken:
+            return
         try:
             while self._waiting:
                 del self._waiting[: os.write(self._fd, bytes(self._waiting[:CHUNK_BYTES]))]

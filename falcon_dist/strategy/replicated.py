@@ -39,6 +39,8 @@ class Replicated:
         self.world = world
         self.keeps_state = config.checkpoint.optimizer
         """The next checkpoint holds the optimizer's state."""
+        self.get_on: Callable[[], None] = lambda: None
+        """Called when a part of a long reading is done: a sign for the ranks that wait."""
         self._all_used = True
 
     def check(self, schedule: Schedule) -> None:
@@ -139,5 +141,5 @@ class Replicated:
         """
         kept = self.kept(model, tokenizer, optimizer)
         assert kept is not None
-        state, steps = train_state.load(folder, kept)
+        state, steps = train_state.load(folder, kept, self.get_on)
         optimizer.load_named_state(train_state.parameter_names(model), state, steps)

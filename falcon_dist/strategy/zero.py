@@ -89,7 +89,7 @@ class Zero1(Replicated):
         optimizer: PartitionedAdamW = wrapped.optimizer.optimizer
         steps = train_state.optimizer_steps(self._resumed) if self._resumed else 0
         optimizer.begin_at(wrapped.optimizer, steps)
-        for part in train_state.optimizer_parts(self._resumed) if self._resumed else ():
+        for part in train_state.optimizer_parts(self._resumed, self.get_on) if self._resumed else ():
             optimizer.load_named_state(self._trained, part, steps)
 
     def kept(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: NamedOptimizer) -> None:
@@ -137,10 +137,11 @@ class Zero1(Replicated):
     ) -> None:
         """Takes the weights; the state is taken when DeepSpeed has divided it."""
         train_state.optimizer_steps(folder)
-        for _ in train_state.optimizer_parts(folder):
+        for _ in train_state.optimizer_parts(folder, self.get_on):
             pass  # read to see whether it is what was written, while an older checkpoint can still be taken
         weights = train_state.named_weights(model)
-        train_state.fill(folder, Kept(weights=weights, optimizer={}, steps=0, describe=lambda _: None))
+        kept = Kept(weights=weights, optimizer={}, steps=0, describe=lambda _: None)
+        train_state.fill(folder, kept, self.get_on)
         self._resumed = folder
 
     def _state_shapes(self) -> Mapping[str, Tensor]:

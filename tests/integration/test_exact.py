@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from launching import ALONE, environment, launch, step_records, weights_digest, write_inputs
+
+from falcon_dist import checkpoint
+from falcon_dist.contract import EMERGENCY_SIGNAL, EXIT_FAILED
 
 LAST = "step-000008"
 TRAIN = ("-m", "falcon_dist", "train")
@@ -19,7 +24,15 @@ TRAIN = ("-m", "falcon_dist", "train")
 def train(
     run: Path, world: int, *flags: str, attempt: int = 1, program: Sequence[str] = TRAIN
 ) -> list[tuple[int, str]]:
-    """Starts ranks as torchrun would, more than this machine may have cores for; exit code and errors of each."""
+    """Runs ranks to their end; exit code and errors of each."""
+    ranks = started(run, world, *flags, attempt=attempt, program=program)
+    return [(rank.wait(200), rank.communicate()[1]) for rank in ranks]
+
+
+def started(
+    run: Path, world: int, *flags: str, attempt: int = 1, program: Sequence[str] = TRAIN
+) -> list[subprocess.Popen[str]]:
+    """Starts ranks as torchrun would, more than this machine may have cores for."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
@@ -30,7 +43,7 @@ def train(
         env = {**environment(), **common, **own, "FALCON_RANK_DIR": str(folder)}
         words = [sys.executable, *program, "--config", str(run / "config.json"), *flags]
         ranks.append(subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-    return [(rank.wait(200), rank.communicate()[1]) for rank in ranks]
+    return ranks
 
 
 def forget_after(step: int, run: Path) -> None:
@@ -97,3 +110,31 @@ def test_a_bit_that_flips_in_one_rank_ends_the_run(prepared: Path, tmp_path: Pat
         assert named in err
     kept = [path.name for path in (run / "checkpoints").glob("step-*")]
     assert kept == ["step-000002"], "a state that differs was kept"
+
+
+DIES_WITH_ITS_WORK_DONE = """
+import os, signal, sys
+from falcon_dist.saving import Saver
+from falcon_dist.__main__ import main
+
+finish = Saver.finish
+def dies(self):
+    if os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return finish(self)
+Saver.finish = dies
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_who_waits_for_the_last_save_of_a_rank_that_died_still_saves_the_last_step(prepared: Path, tmp_path: Path):
+    run = begin(prepared, tmp_path / "r")
+    (tmp_path / "dies.py").write_text(DIES_WITH_ITS_WORK_DONE)
+    dead, left = started(run, 2, program=[str(tmp_path / "dies.py")])
+    assert dead.wait(200) == -signal.SIGKILL
+    time.sleep(2)
+    assert left.poll() is None, left.communicate()[1]
+    left.send_signal(EMERGENCY_SIGNAL)  # what the launcher does
+    assert left.wait(60) == EXIT_FAILED, left.communicate()[1]
+    assert checkpoint.fault_of(run / "checkpoints" / LAST) is None
+    assert checkpoint.holds_state(run / "checkpoints" / LAST)

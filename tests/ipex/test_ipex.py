@@ -39,6 +39,29 @@ print(losses)
 """
 
 
+LEAK = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from tiny_models import SHAPES, make_model
+from falcon_dist.config import EngineConfig, ModelConfig
+from falcon_dist.engine import ipex
+from falcon_dist.engine.attention import SEGMENTS, register
+from falcon_dist.engine.form import TrainingForm, choose
+from falcon_dist.masking import Masking, leak
+register()
+plan = SHAPES[sys.argv[2]](**{"alibi": False} if sys.argv[2] == "falcon-rw" else {})
+model = make_model(plan, SEGMENTS).to(getattr(torch, sys.argv[3])).train()
+ipex.optimize(model)
+form = TrainingForm(model, choose(model.config, ModelConfig(), EngineConfig(kind="ipex")))
+found = [leak(model, batch=2)]
+with form.training():
+    assert Masking.of(model).segments
+    found.append(leak(model, batch=2))
+print(found)
+"""
+
+
 def losses(tmp_path: Path, shape: str, dtype: str, engine: str) -> list[float]:
     """Six steps in a process of their own: the extension's kernels, once there, stay."""
     tests = str(Path(__file__).parents[1])
@@ -52,6 +75,13 @@ def test_six_steps_come_to_the_losses_of_the_plain_fp32_model(tmp_path: Path, sh
     found = losses(tmp_path, shape, dtype, "ipex")
     assert wanted[-1] < 0.7 * wanted[0]
     assert max(abs(a - b) / a for a, b in zip(wanted, found, strict=True)) <= bound
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nothing_leaks_between_packed_samples_in_either_form(tmp_path: Path, shape: str, dtype: str) -> None:
+    told = run_python(tmp_path, LEAK, str(Path(__file__).parents[1]), shape, dtype)
+    assert json.loads(told.stdout.splitlines()[-1]) == [0.0, 0.0]
 
 
 def test_what_it_says_it_changed_is_what_changed() -> None:

@@ -179,3 +179,19 @@ def test_the_newest_is_that_of_the_highest_step_of_however_many_digits(tmp_path:
     assert newest.step == 1_000_000
     assert checkpoint.newest_verified(tmp_path, below=1_000_000).newest == checkpoint.read(tmp_path / "step-999500")
     assert _newest(tmp_path) == tmp_path / "step-1000000"
+
+
+def test_a_whole_checkpoint_that_a_resume_refused_is_put_aside_for_the_new_one(tmp_path: Path) -> None:
+    """Else weights trained with the settings of before would stand for what is trained now."""
+    path = commit(tmp_path, 5)
+    commit(tmp_path, 5, "other")
+    assert (path / "model.safetensors").read_text() == "weights 5"
+    for text in ("anew", "once more"):
+        with checkpoint.committed(tmp_path, 5, {}, anew=True) as folder:
+            (folder / "model.safetensors").write_text(text)
+    assert (path / "model.safetensors").read_text() == "once more"
+    aside = sorted(f.read_text() for f in tmp_path.glob("step-000005.refused-*/model.safetensors"))
+    assert aside == ["anew", "weights 5"]
+    newest = checkpoint.newest_verified(tmp_path).newest
+    assert newest is not None
+    assert newest.path == path

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from falcon_dist.contract import EMERGENCY_SIGNAL
+from falcon_dist.contract import EMERGENCY_SIGNAL, PEER_IS_GONE
 from falcon_dist.emergency import Emergency
 
 
@@ -50,3 +54,27 @@ def test_an_error_of_its_own_ends_a_rank_at_once(signals: None) -> None:
     started = time.monotonic()
     assert not emergency.wait_after(ValueError("shapes differ"))
     assert time.monotonic() - started < 5
+
+
+STORE = """
+import datetime, sys, time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, 2, True, datetime.timedelta(seconds=30), wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_the_store_says_when_its_server_has_died_is_known() -> None:
+    words = [sys.executable, "-c", STORE]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        store = TCPStore("127.0.0.1", port, 2, False, datetime.timedelta(seconds=30))
+        store.add("x", 1)
+        server.kill()
+        server.wait()
+        for _ in range(2):  # the second time it has other words
+            with pytest.raises(RuntimeError) as error:
+                store.add("x", 1)
+            assert any(sign in str(error.value) for sign in PEER_IS_GONE), str(error.value)

@@ -80,6 +80,14 @@ def test_other_hosts_are_held_to_the_hostfile_too(line, fault):
     check_others(parse("a\nb addr=10.0.0.2 ifname=ib0\nc", "h"), [OWN, {}])
 
 
+def test_who_is_cut_off_while_others_are_not_is_at_fault():
+    hosts = parse("a\nb\nc", "h")
+    for knocks, blamed in (([reached("10.0.0.1"), {}], ("c",)), ([{}, {}], ())):
+        with pytest.raises(LaunchError) as fault:
+            choose(hosts, TOLD, ("10.0.0.1",), knocks)
+        assert fault.value.hosts == blamed
+
+
 def test_a_way_by_another_interface_than_the_hostfile_wants_is_none():
     tried, hosts = candidates(TWO, TOLD), parse("a\nb ifname=ens5", "h")
     ways = reached(*tried[:1]) | reached(*tried[1:], ifname="ens5")

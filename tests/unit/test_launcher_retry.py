@@ -11,7 +11,7 @@ FREELY = Policy(max_restarts=100)
 
 def past(kind="rank", exit_code=137, *, host=None, step=0, oom=False, hosts=HOSTS):
     cause = Cause(kind=kind, exit_code=exit_code)
-    return Past(cause=cause, hosts=hosts, failed_host=host, checkpoint_step=step, out_of_memory=oom)
+    return Past(cause=cause, hosts=hosts, failed_hosts=(host,) if host else (), checkpoint_step=step, out_of_memory=oom)
 
 
 def test_a_run_that_went_well_or_was_interrupted_or_has_no_restarts_is_over():
@@ -85,3 +85,11 @@ def test_so_many_hosts_are_left_as_a_steps_rows_can_be_divided_among(micro_batch
     decided = after([one, one], Policy(max_restarts=9, min_nodes=2))
     assert (decided.hosts, decided.spare) == (tuple(kept), tuple(spare))
     assert decided.without == tuple(name for name in names if name not in kept)
+
+
+def test_two_hosts_that_die_together_are_both_left_out():
+    lost = past("lost", 1, step=3, hosts=("a", "b", "c", "d"))
+    gone = dataclasses.replace(past("start", 1, step=3, hosts=("a", "b", "c", "d")), failed_hosts=("b", "c"))
+    decided = after([lost, gone, gone], Policy(max_restarts=10, min_nodes=2))
+    assert isinstance(decided, Again)
+    assert (decided.hosts, decided.without) == (("a", "d"), ("b", "c"))

@@ -1,6 +1,7 @@
 """The attempts of a run: what follows one that failed, on which hosts, and what is told in the end."""
 
 import dataclasses
+import errno
 import time
 from types import SimpleNamespace
 
@@ -97,7 +98,7 @@ def test_hosts_that_fall_silent_together_are_not_to_blame(quiet_s, told, blamed)
         assert dead.text.startswith(text)
         state, _ = decide(begin((0, 1, 2)), Lost(node_rank=1, text=dead.text, blamed=dead.blamed))
         past = series.past_of(dataclasses.replace(report(), cause=state.cause), parse_list("a,b,c"), 0)
-        assert past.failed_host == ("b" if blamed else None)
+        assert past.failed_hosts == (("b",) if blamed else ())
 
 
 def facts(machine: str, python: str = "3.11.2") -> HostFacts:
@@ -156,3 +157,13 @@ def test_what_is_known_of_a_resumed_run_is_not_forgotten_by_an_attempt_that_save
     asked = LaunchConfig(launch=LaunchSettings(max_restarts=1), resume_from="/r", resume_step=8)
     assert series.Series(asked, parse_list("a,b"), attempt, SILENT).run().exit_code == 0
     assert known == [8, 8]
+
+
+def test_a_disk_that_is_away_between_attempts_is_a_failure_like_others(play):
+    stale = OSError(errno.ESTALE, "Stale file handle", "/runs/r")
+    last, hosts = play(report("rank"), stale, report())
+    assert (last.outcome, len(hosts)) == ("ok", 3)
+    last, _ = play(report("rank"), stale, stale, stale)
+    assert (last.exit_code, last.cause.text) == (1, 'Stale file handle: "/runs/r"')
+    with pytest.raises(OSError, match="Stale"):
+        play(stale)

@@ -182,7 +182,7 @@ def check_step(before, event, after, actions):
         if isinstance(action, AskSave):
             assert action.rank in after.alive & after.can_save
             assert after.cause.exit_code not in (2, 3) or after.cause.kind != "rank"
-            assert after.cause.kind in ("rank", "lost", "hang")
+            assert after.cause.kind in ("rank", "lost", "hang", "yield")
     if after.phase == "saving":
         assert after.writer in after.alive
     if before.phase == "done":

@@ -88,9 +88,18 @@ def test_more_patience_with_steps_is_never_less_with_the_first(least_s, first_s)
 
 def test_ranks_that_ended_are_not_waited_for():
     watch, now = training(1.0)
-    watch.ended(0)
-    watch.ended(1)
+    watch.ended(0, 0.0)
+    watch.ended(1, 0.0)
     assert watch.overdue(now + 1e6) is None
+
+
+def test_a_rank_that_others_have_left_behind_is_overdue_whatever_it_does():
+    watch, now = training(1.0)
+    for rank in (0, 1):
+        watch.entered(rank, "evaluate tuned", now)
+    watch.ended(0, now + 1e4)
+    assert watch.overdue(now + 1e4 + 1_799) is None
+    assert watch.overdue(now + 1e4 + 1_801) == "rank 1 has not ended 1800 s after another one"
 
 
 def stand(rank, *, state="S", stacks=BACKWARD, step=5):

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,6 +153,52 @@ def test_the_courier_leaves_what_is_there_and_serves_no_stranger(tmp_path, monke
 
     here = deliver("same", strangers=1)
     assert here == {"model": str(model), "rows": "hub/name", "parameters": 7}  # the same path with the same files
+
+
+@pytest.mark.parametrize("said", [b"[" * 200_000 + b"\n", b"{}\n", b'{"token": "another"}\n', b'{"to'])
+def test_a_stranger_of_the_courier_has_a_short_time_however_it_drips(monkeypatch, said):
+    monkeypatch.setattr(courier, "STRANGER_S", 0.5)
+    here, there = socket.socketpair()
+    began = time.monotonic()
+
+    def drip():
+        with contextlib.suppress(OSError):
+            for at in range(0, len(said), 50_000):
+                there.sendall(said[at : at + 50_000])
+            while time.monotonic() - began < 3:
+                there.sendall(b" ")
+                time.sleep(0.1)
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    assert courier._admitted(here, "t") is None
+    assert time.monotonic() - began < 2
+    here.close()
+    dripping.join()
+    there.close()
+
+
+def test_last_words_wait_a_while_for_room_in_the_pipe():
+    reader, writer = os.pipe()
+    outbox = Outbox(writer)
+    outbox.put({"event": "output", "lines": ["x" * 300_000]})
+    outbox.put({"event": "killed"})
+    assert outbox.waiting
+    taken = threading.Thread(target=lambda: (time.sleep(0.3), words.append(os.fdopen(reader, "rb").read())))
+    words = []
+    taken.start()
+    outbox.flush_within(5)
+    os.close(writer)
+    taken.join()
+    assert (outbox.waiting, words[0].splitlines()[-1]) == (0, b'{"event": "killed"}')
+    reader, writer = os.pipe()
+    outbox = Outbox(writer)
+    outbox.put({"lines": ["x" * 300_000]})
+    began = time.monotonic()
+    outbox.flush_within(0.2)  # nobody reads
+    assert time.monotonic() - began < 2
+    os.close(reader)
+    os.close(writer)
 
 
 @pytest.mark.parametrize("reset", [True, False])

@@ -12,6 +12,7 @@ import pytest
 from launcher import batch, cli, config, flags, retry, series, survey
 from launcher.errors import Interruption
 from launcher.events import (
+    AskSave,
     AskStop,
     CanSave,
     CanStop,
@@ -22,6 +23,7 @@ from launcher.events import (
     Lost,
     MakeWay,
     Prepared,
+    Saved,
     SetTimer,
     SignalAll,
     Stalled,
@@ -76,6 +78,16 @@ def test_a_step_that_does_not_end_in_time():
     state, done = play(*READY, MakeWay(), TimeUp(), patience=Patience(stop_grace_s=7))
     assert (state.phase, state.cause.kind) == ("stopping", "yield")
     assert done[2:4] == [SetTimer(seconds=7), TERM]
+
+
+def test_when_a_step_does_not_end_in_time_the_one_before_is_saved():
+    late = [*READY, CanSave(rank=1), MakeWay(), TimeUp()]
+    state, done = play(*late)
+    assert (state.phase, done[-2:]) == ("saving", [AskSave(rank=1), SetTimer(seconds=60.0)])
+    state, done = play(*late, Saved(rank=1))
+    assert (state.phase, state.cause.kind, done[-2]) == ("stopping", "yield", TERM)
+    state, done = play(*late, exited(1, 75), exited(0, 75))  # the step has ended after all
+    assert (state.phase, state.cause.kind, state.cause.exit_code) == ("done", "yield", 75)
 
 
 def test_ctrl_c_on_the_way_out_is_an_interrupt():

@@ -28,6 +28,9 @@ class Late:
     def get(self, name):
         return self._board.get(name)
 
+    def add(self, name, count):
+        return self._board.add(name, count)
+
 
 def test_an_end_that_comes_while_it_is_looked_for_is_heard():
     assert Team(board=Late("{}"), rank=1, writers=(0, 1)).hear("7", "done") == {}
@@ -37,6 +40,26 @@ def test_what_will_never_be_said_is_not_waited_for():
     late = Team(board=Late('{"fault": "No space left on device"}'), rank=1, writers=(0, 1))
     with pytest.raises(SaveError, match="No space left"):
         late.hear("7", "folder")
+
+
+def test_nobody_is_waited_for_without_a_sign_and_anybody_with_one(monkeypatch):
+    monkeypatch.setattr(team, "STALLED_S", 0.4)
+    alone = Team(board=HashStore(), rank=1, writers=(0, 1))
+    with pytest.raises(RuntimeError, match=r'"folder" of the save of step 7 was not told, no sign for 0\.4 s'):
+        alone.hear("7", "folder")
+    with pytest.raises(RuntimeError, match=r"not all of 2 ranks said anything about resume/7, no sign for 0\.4 s"):
+        alone.everyone_says("resume/7", "", 2)
+
+    def work():
+        for _ in range(8):
+            time.sleep(0.2)
+            alone.get_on()
+        alone.tell("9", "folder", "here")
+
+    working = threading.Thread(target=work)
+    working.start()
+    assert alone.hear("9", "folder") == "here"
+    working.join()
 
 
 def meeting(work, ranks=2):
