@@ -98,7 +98,9 @@ def _prepare(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="falcon prepare")
     parser.add_argument("--config", required=True, metavar="RUN|RECIPE", help="a run folder or a recipe's name or file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as falcon-launch takes it")
-    parser.add_argument("--run-dir", type=Path, help="where prepared.json goes (default: the run's folder; a recipe needs none)")
+    parser.add_argument(
+        "--run-dir", type=Path, help="for prepared.json (default: the run's folder; a recipe needs none)"
+    )
     args = parser.parse_args(words)
     with _imports():
         from falcon_dist.prepare import prepare

@@ -29,7 +29,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     flag = parser.add_argument
     flag("run", nargs="?", help="a recipe, a run folder or its config.json (demo, unless --set names model or data)")
     flag("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="as falcon-launch takes it")
-    flag("--nproc-per-node", type=int, default=1, metavar="N", help="ranks of a host (1; falcon-launch starts one for each NUMA node unless told)")
+    ranks = "ranks of a host (1; falcon-launch starts one for each NUMA node unless told)"
+    flag("--nproc-per-node", type=int, default=1, metavar="N", help=ranks)
     flag("--nnodes", type=int, default=1, metavar="N", help="hosts (1)")
     flag("--memory", type=float, metavar="GIB", help="of a host (this one's)")
     flag("--format", choices=("text", "json"), default="text")
