@@ -95,7 +95,9 @@ def _speak(verb: str, words: list[str]) -> int:
 
 def _prepare(words: list[str]) -> int:
     """Packs the rows of a recipe, for runs to find them; of a run, what its ranks need is told in its folder too."""
-    parser = argparse.ArgumentParser(prog="falcon prepare")
+    parser = argparse.ArgumentParser(
+        prog="falcon prepare", description="Packs the rows of a recipe for its runs to find."
+    )
     parser.add_argument("--config", required=True, metavar="RUN|RECIPE", help="a run folder or a recipe's name or file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as falcon-launch takes it")
     parser.add_argument(

@@ -41,7 +41,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The verb's own flags."""
     parser = argparse.ArgumentParser(prog="falcon preview", description=__doc__, allow_abbrev=False)
     flag = parser.add_argument
-    flag("data", nargs="?", help="a file, folder or hub name (default: that of --config)")
+    flag("data", nargs="?", help="a file, folder or hub name (default: that of --config, else the demo's text)")
     flag("--config", metavar="RUN|RECIPE", help="a run folder, a recipe's name or its file")
     flag("--model", metavar="NAME", help="whose tokenizer and chat template to use")
     flag("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting, as --set data.loss=answers")

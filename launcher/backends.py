@@ -27,8 +27,9 @@ def choose(config: LaunchConfig, cluster: Cluster) -> tuple[str, str]:
     if config.launch.backend != "auto":
         _check(config.launch.backend, cluster)
         return config.launch.backend, "asked for"
-    lacking = _without_oneccl(cluster)
-    if lacking:
+    if unasked := [n.host for n in cluster.nodes if not n.facts.versions]:
+        return "gloo", f"whether {unasked[0]} has oneCCL is not known: it was not asked"
+    if lacking := _without_oneccl(cluster):
         return "gloo", f"oneCCL is not installed on {lacking[0]}"
     helpless = [n.host for n in cluster.nodes if not n.facts.compiler]
     if helpless:
@@ -60,7 +61,7 @@ def fabric_of(cluster: Cluster) -> Provider:
 
 
 def _check(backend: str, cluster: Cluster) -> None:
-    if backend == "ccl" and (lacking := _without_oneccl(cluster, asked_only=True)):
+    if backend == "ccl" and (lacking := _without_oneccl(cluster)):
         raise HostError(
             f'--backend: oneCCL is not installed on {", ".join(lacking)}: "ccl"; '
             "pip install 'falcon-dist[oneccl]' there, or take gloo",
@@ -73,7 +74,6 @@ def _check(backend: str, cluster: Cluster) -> None:
                 raise HostError(f"{fault} ({host})", (host,))
 
 
-def _without_oneccl(cluster: Cluster, *, asked_only: bool = False) -> list[str]:
-    """Hosts without it; a host that was not asked for its versions counts unless told otherwise."""
-    nodes = [n for n in cluster.nodes if n.facts.versions or not asked_only]
-    return [n.host for n in nodes if ONECCL not in n.facts.versions]
+def _without_oneccl(cluster: Cluster) -> list[str]:
+    """Hosts without it, of those that were asked for their versions."""
+    return [n.host for n in cluster.nodes if n.facts.versions and ONECCL not in n.facts.versions]
