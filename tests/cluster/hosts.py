@@ -319,6 +319,14 @@ def memory_group() -> Path:
     return Path("/sys/fs/cgroup")
 
 
+def parent_of(pid: int) -> int:
+    """0: it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def command_line(pid: int) -> str:
     """The words a process was started with; empty: it is gone."""
     try:

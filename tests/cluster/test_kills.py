@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from launching import BIN, write_inputs
 
-from cluster.hosts import Host, Hosts, command_line, environment_of, wait_until
+from cluster.hosts import Host, Hosts, command_line, environment_of, parent_of, wait_until
 from cluster.programs import SLEEP
 
 NODES = 2
@@ -21,13 +21,6 @@ RANKS_A_NODE = 2
 SIGNS = ("program.py", "launcher.agent", "-m falcon_dist", "falcon_dist.store", "sleep 1000")
 SLEEPING_S, TRAINING_S = 2.0, 25.0
 """Kills come within this after a start: while it starts, runs, or trains and saves."""
-
-
-def parent_of(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
 
 
 def program_of(pid: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from launching import BIN, environment, launch, weights_digest, write_inputs
 
-from cluster.hosts import Hosts, wait_until
+from cluster.hosts import Hosts, parent_of, wait_until
 from cluster.slurm import Slurm
 
 LAUNCH = str(BIN / "falcon-launch")
@@ -165,6 +166,23 @@ def test_a_node_that_dies(slurm, folder, undisturbed):
     slurm.join(host)
     assert slurm.until(job, "COMPLETED", "FAILED", timeout=500)["ExitCode"] == "0:0"
     assert "resuming from" in output(folder, job)
+    assert_same_weights(folder, job, undisturbed)
+
+
+@pytest.mark.timeout(1200)
+def test_an_agent_that_dies_leaves_the_others_time_to_save(slurm, folder, undisturbed):
+    """srun could end them all for its sake; only what a survivor saves can be gone on with here."""
+    more = ["--set", "checkpoint.every=0", "--max-restarts", "1"]
+    job = submit(slurm, folder, *SETTINGS, *more, "--sbatch", "nodelist=node1,node2")
+    until_trained(folder, job, 10)
+    tasks = slurm.hosts[1].find("launcher.branch")
+    (agent,) = [pid for pid in tasks if parent_of(pid) in tasks and parent_of(parent_of(pid)) in tasks]
+    os.kill(agent, signal.SIGKILL)
+    assert slurm.until(job, "COMPLETED", "FAILED", timeout=500)["ExitCode"] == "0:0", output(folder, job)
+    assert "noticed: node2: " in output(folder, job)
+    resumed = re.search(r"resuming from \S+/step-(\d+)\n", output(folder, job))
+    assert resumed, output(folder, job)
+    assert int(resumed[1]) >= 10
     assert_same_weights(folder, job, undisturbed)
 
 
