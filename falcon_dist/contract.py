@@ -59,6 +59,9 @@ PEER_IS_GONE: Final = (
 )
 """What torch, gloo and oneCCL say in a rank whose peer has died; the last is ccl/src/executor.cpp's."""
 
+PREPARING_FAULT: Final = "preparing from node 0: "
+"""How the line begins that tells why what node 0 has prepared did not arrive, on either side."""
+
 # torchrun's names, so that any torch.distributed program finds what it knows.
 RANK: Final = "RANK"
 LOCAL_RANK: Final = "LOCAL_RANK"

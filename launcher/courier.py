@@ -17,11 +17,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedRWPair
 from pathlib import Path
 from typing import Any, Final
+
+from falcon_dist.contract import PREPARING_FAULT
 
 TOKEN: Final = "FALCON_COURIER_TOKEN"  # noqa: S105  # the variable's name
 CHECKPOINT: Final = "checkpoint"
@@ -29,8 +31,6 @@ CHUNK: Final = 1 << 20
 STRANGER_S: Final = 5.0
 TOKEN_LINE: Final = 256
 LONGEST_LINE: Final = 64 << 20
-FAULT: Final = "preparing from node 0: "
-"""How the line begins that tells why it failed, on either side."""
 Files = list[tuple[str, int, int]]
 Stream = BufferedRWPair
 
@@ -48,18 +48,15 @@ def offer(
     folders = {key: Folder(Path(text)) for key, text in _folders(prepared).items()}
     if checkpoints is not None and (newest := _newest(checkpoints)):
         folders[CHECKPOINT] = Folder(newest)
-    threads: list[_Thread] = []
-    while len(threads) < receivers:
-        connection, _ = listening.accept()
-        if stream := _admitted(connection, token):
-            threads.append(_Thread(partial(_serve, stream, prepared, folders)))
-            threads[-1].start()
-        connection.close()  # the stream keeps it open
-    for thread in threads:
-        thread.join()
-    faults = [thread.fault for thread in threads if thread.fault]
-    if faults:
-        raise faults[0]
+    served: list[Future[None]] = []
+    with ThreadPoolExecutor(receivers) as pool:
+        while len(served) < receivers:
+            connection, _ = listening.accept()
+            if stream := _admitted(connection, token):
+                served.append(pool.submit(_serve, stream, prepared, folders))
+            connection.close()  # the stream keeps it open
+    for one in served:
+        one.result()
 
 
 def receive(addr: str, port: int, prepared: Path, token: str) -> None:
@@ -121,10 +118,7 @@ def _first_line(connection: socket.socket) -> bytes:
     deadline, line = time.monotonic() + STRANGER_S, b""
     while not line.endswith(b"\n") and len(line) < TOKEN_LINE:
         connection.settimeout(max(0.001, deadline - time.monotonic()))
-        byte = connection.recv(1)
-        if not byte or time.monotonic() > deadline:
-            raise TimeoutError("no token")
-        line += byte
+        line += connection.recv(1) or b"\n"
     return line
 
 
@@ -273,19 +267,6 @@ def _read(stream: Stream) -> dict[str, Any]:
     return dict(json.loads(line))
 
 
-class _Thread(threading.Thread):
-    def __init__(self, work: Callable[[], None]) -> None:
-        super().__init__()
-        self._work = work
-        self.fault: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            self._work()
-        except (OSError, ValueError, KeyError) as fault:
-            self.fault = fault
-
-
 def main(argv: Sequence[str]) -> None:
     """``offer FD PREPARED RECEIVERS [CHECKPOINTS]`` or ``receive ADDR PORT PREPARED``, the token in the environment."""
     token = os.environ[TOKEN]
@@ -299,7 +280,7 @@ def main(argv: Sequence[str]) -> None:
             case _:
                 sys.exit("launcher.courier: started by the agents of a run only")
     except (OSError, ValueError) as fault:
-        sys.exit(f"{FAULT}{fault}")
+        sys.exit(f"{PREPARING_FAULT}{fault}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from falcon_dist.contract import PEER_IS_GONE, RankResult
-from launcher import courier
+from falcon_dist.contract import PEER_IS_GONE, PREPARING_FAULT, RankResult
 from launcher.events import Cause, Ended
 from launcher.plan import LaunchPlan, RankPlan
 from launcher.report import RankOutcome, RunReport, outcome_of
@@ -112,7 +111,7 @@ class Record:
 
     def prepared(self, ended: Ended, tail: tuple[str, ...]) -> bool:
         """A node's preparation has ended; whether badly, and only because whom it sends to or hears from is gone."""
-        echo = bool(ended.exit_code) and _is_of_a_peer([line for line in tail if line.startswith(courier.FAULT)])
+        echo = bool(ended.exit_code) and _is_of_a_peer([line for line in tail if line.startswith(PREPARING_FAULT)])
         if ended.exit_code and (not self.prepare_tail or (self._tail_echoes and not echo)):
             self.prepare_tail, self._tail_echoes = tail, echo
         return echo

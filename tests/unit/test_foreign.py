@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -253,7 +254,8 @@ def test_a_bomb_to_the_courier_is_a_stranger(tmp_path: Path, bomb: bytes) -> Non
         serving.start()
         with socket.create_connection(listening.getsockname()) as stranger:
             stranger.sendall(bomb + b"\n")
-            assert stranger.recv(1) == b""
+            with suppress(ConnectionResetError):  # not all of it was read
+                assert stranger.recv(1) == b""
         courier.receive("127.0.0.1", listening.getsockname()[1], tmp_path / "got", "t")
         serving.join()
 
