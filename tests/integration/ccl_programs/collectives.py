@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -279,9 +280,10 @@ def crossed(twin: dist.ProcessGroup) -> None:
 def callbacks() -> None:
     """What a future calls may wait for more of the same group, for what is queued behind it too."""
     world = dist.get_world_size()
-    works = []
+    works, queued = [], threading.Event()
 
     def again(done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+        queued.wait()  # the first may be over before the second is there
         works[1].wait()
         dist.all_reduce(done.value()[0])
         return dist.all_reduce(done.value()[0], async_op=True).get_future().wait()[0]
@@ -289,6 +291,7 @@ def callbacks() -> None:
     works.append(dist.all_reduce(torch.ones(4), async_op=True))
     future = works[0].get_future().then(again)
     works.append(dist.all_reduce(torch.ones(4), async_op=True))
+    queued.set()
     same(future.wait(), torch.full((4,), float(world**3)), "all_reduce within a callback")
 
 
