@@ -20,7 +20,13 @@ from typing import Any, Final
 BIN: Final = Path(sys.executable).parent
 GIB: Final = 1 << 30
 STEPS: Final = 3
-WITHOUT: Final = ("data.eval_share=0", "evaluate.base=false", "evaluate.prompts=[]", f"loop.max_steps={STEPS}")
+WITHOUT: Final = (
+    "data.eval_share=0",
+    "checkpoint.background=off",
+    "evaluate.base=false",
+    "evaluate.prompts=[]",
+    f"loop.max_steps={STEPS}",
+)
 RUNS: Final[dict[str, tuple[int, tuple[str, ...]]]] = {
     "ddp": (1, ("loop.micro_batch=2", "loop.global_batch=4")),
     "ddp on two ranks": (2, ("loop.micro_batch=1", "loop.global_batch=4")),
