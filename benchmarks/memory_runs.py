@@ -22,7 +22,6 @@ GIB: Final = 1 << 30
 STEPS: Final = 3
 WITHOUT: Final = (
     "data.eval_share=0",
-    "checkpoint.background=off",
     "evaluate.base=false",
     "evaluate.prompts=[]",
     f"loop.max_steps={STEPS}",

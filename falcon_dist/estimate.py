@@ -19,7 +19,7 @@ from falcon_dist.engine.native import load_config
 from falcon_dist.host_memory import total_bytes
 from falcon_dist.prepare import find_model
 from falcon_dist.settings import default_source, load
-from falcon_dist.strategy.memory import GIB, NEAREST, RankMemory, predict, usable
+from falcon_dist.strategy.memory import GIB, NEAREST, RankMemory, on_host_of, predict, usable
 from falcon_dist.trial import check_model
 
 
@@ -53,15 +53,16 @@ def estimate(argv: Sequence[str]) -> int:
     plan = load_config(find_model(config.model), config.model)
     check_model(config, plan)
     host = int(args.memory * GIB) if args.memory is not None else total_bytes()
-    world_size = args.nproc_per_node * args.nnodes
-    found = _predictions(config, plan, world_size)
-    told = [_row(name, memory, args.nproc_per_node, host) for name, memory in found.items()]
+    ranks = args.nproc_per_node
+    found = {
+        name: on_host_of(memory, config, ranks, host)
+        for name, memory in _predictions(config, plan, ranks * args.nnodes).items()
+    }
+    told = [_row(name, memory, ranks, host) for name, memory in found.items()]
     if args.format == "json":
         print(json.dumps({"host_bytes": host, "asked": config.strategy, "strategies": told}))
     else:
-        print(
-            f"{config.model.name}, {args.nproc_per_node} ranks on each of {args.nnodes} hosts of {host / GIB:.1f} GiB"
-        )
+        print(f"{config.model.name}, {ranks} ranks on each of {args.nnodes} hosts of {host / GIB:.1f} GiB")
         for row, memory in zip(told, found.values(), strict=True):
             asked = "*" if row["strategy"] == config.strategy else " "
             verdict = "fits" if row["fits"] else "does not fit"

@@ -56,10 +56,30 @@ def prepare(config: TrainConfig, run_dir: Path, env: Mapping[str, str]) -> Prepa
         from falcon_dist.engine.ipex import check_installed
 
         check_installed()
+    from_node_0 = contract.PREPARED in env
+    prepared = Prepared.read(run_dir, env) if from_node_0 else _model_and_rows(config)
     if env.get(contract.BACKEND) == "ccl":
-        _build_ccl()
-    if contract.PREPARED in env:  # model and rows came from node 0
-        return Prepared.read(run_dir, env)
+        _build_ccl()  # after all that can refuse a run sooner
+    if not from_node_0:
+        (run_dir / PREPARED_FILE).write_text(json.dumps(asdict(prepared), indent=1) + "\n")
+    return prepared
+
+
+def _model_and_rows(config: TrainConfig) -> Prepared:
+    model, parameters = _checked_model(config)
+    tokenizer = load_tokenizer(model, config.model)
+    set_template(tokenizer, config.data.template)
+    store = prepare_rows(config.data, tokenizer)
+    print("\n".join(describe(store)), flush=True)
+    return Prepared(model=model, rows=str(store.path), parameters=parameters)
+
+
+def _checked_model(config: TrainConfig) -> tuple[str, int]:
+    """Folder or hub name of a model that can be trained so, and its number of parameters.
+
+    Raises:
+        UserError: there is no such model, or it cannot be trained so.
+    """
     model = find_model(config.model)
     check_weights(model)
     if (Path(model) / ADAPTER_CONFIG).is_file():
@@ -74,13 +94,7 @@ def prepare(config: TrainConfig, run_dir: Path, env: Mapping[str, str]) -> Prepa
     check_model(config, plan)
     parameters = count_parameters(plan)
     print(f"model: {config.model.name}, {parameters:,} parameters", flush=True)
-    tokenizer = load_tokenizer(model, config.model)
-    set_template(tokenizer, config.data.template)
-    store = prepare_rows(config.data, tokenizer)
-    print("\n".join(describe(store)), flush=True)
-    prepared = Prepared(model=model, rows=str(store.path), parameters=parameters)
-    (run_dir / PREPARED_FILE).write_text(json.dumps(asdict(prepared), indent=1) + "\n")
-    return prepared
+    return model, parameters
 
 
 def _build_ccl() -> None:

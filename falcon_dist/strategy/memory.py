@@ -57,7 +57,7 @@ class RankMemory:
     working: int = 0
     """What single operations need on top: logits, the widest layer's gradients, an optimizer's copy."""
     snapshot: int = 0
-    """This rank's share of the copy that a checkpoint is written from while training goes on."""
+    """This rank's share of the copy that a checkpoint is written from while training goes on; see ``on_host_of``."""
     program: int = PROGRAM_BYTES
 
     @property
@@ -92,7 +92,7 @@ def meta_model(plan: PreTrainedConfig, choice: Choice) -> PreTrainedModel:
 
 
 def predict(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> RankMemory:
-    """What one rank of this run will hold."""
+    """What one rank of this run will hold, where a host has room for it all."""
     choice = choose(plan, config.model, config.engine, config.strategy)
     model = meta_model(plan, choice).to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
     params = list(model.parameters())
@@ -141,9 +141,18 @@ def _divided(config: TrainConfig, params: list[Tensor], world_size: int, activat
 
 
 def _copied(config: TrainConfig, trained: int, optimizer: int, world_size: int) -> int:
-    """What a rank copies, in bytes, of what is saved in the background; "auto" copies where there is room only."""
-    kept = trained + (optimizer if config.checkpoint.optimizer else 0)
-    return kept // world_size if config.checkpoint.background == "on" else 0
+    """What a rank copies, in bytes, of what is saved in the background; "auto" never does with full-lowmem."""
+    asked = config.checkpoint.background
+    if asked == "off" or (asked == "auto" and config.strategy == "full-lowmem"):
+        return 0
+    return (trained + (optimizer if config.checkpoint.optimizer else 0)) // world_size
+
+
+def on_host_of(found: RankMemory, config: TrainConfig, ranks: int, host: int) -> RankMemory:
+    """``found`` on a host of ``host`` bytes: the copy that checkpoint.background=auto makes only where it fits."""
+    if config.checkpoint.background == "auto" and found.on_host(ranks) > usable(host):
+        return dataclasses.replace(found, snapshot=0)
+    return found
 
 
 def _mapped(config: TrainConfig, plan: PreTrainedConfig, weights: int) -> RankMemory:
@@ -254,7 +263,7 @@ def fitting(config: TrainConfig, plan: PreTrainedConfig, world_size: int, ranks:
             check_agreement(asked)
             if name in STAGES:
                 check_zero(asked)
-            other = predict(asked, plan, world_size)
+            other = on_host_of(predict(asked, plan, world_size), asked, ranks, host)
         except UserError:
             continue
         if name != config.strategy and other.on_host(ranks) <= usable(host):
@@ -273,7 +282,7 @@ def check_fits(config: TrainConfig, plan: PreTrainedConfig, *, world_size: int, 
     Raises:
         UserError: ``ranks`` of them are more than a host has; names the nearest strategy that fits.
     """
-    found = predict(config, plan, world_size)
+    found = on_host_of(predict(config, plan, world_size), config, ranks, host)
     if found.on_host(ranks) <= usable(host):
         return found
     other = fitting(config, plan, world_size, ranks, host)

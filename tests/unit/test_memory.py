@@ -14,7 +14,17 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import FalconConfig, Qwen2Config
 
 from falcon_dist import host_memory
-from falcon_dist.config import DataConfig, EngineConfig, LoopConfig, ModelConfig, Precision, StrategyName, TrainConfig
+from falcon_dist.config import (
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    LoopConfig,
+    ModelConfig,
+    Precision,
+    StrategyName,
+    Switch,
+    TrainConfig,
+)
 from falcon_dist.contract import UserError
 from falcon_dist.engine import widened
 from falcon_dist.engine.adafactor import Adafactor
@@ -173,6 +183,24 @@ def test_what_cannot_fit_is_refused_with_the_nearest_that_can() -> None:
             check_fits(TrainConfig(), FALCON_IN_BF16, world_size=1, ranks=1, host=host * GIB)
     lora = TrainConfig(strategy="lora")
     assert check_fits(lora, FALCON_IN_BF16, world_size=2, ranks=2, host=24 * GIB).total > 12 * GIB
+
+
+def test_the_copy_that_is_made_where_there_is_room_counts_where_there_is() -> None:
+    config, plan = TrainConfig(), llama()
+    without = check_fits(_saving("off"), plan, world_size=2, ranks=2, host=64 * GIB)
+    found = check_fits(config, plan, world_size=2, ranks=2, host=64 * GIB)
+    assert found.snapshot == (found.weights + found.optimizer) // 2
+    assert found == dataclasses.replace(without, snapshot=found.snapshot)
+    tight = int((without.on_host(2) + found.snapshot) / 0.97)  # room for one of two copies
+    assert check_fits(config, plan, world_size=2, ranks=2, host=tight) == without
+    with pytest.raises(UserError, match=r"^strategy .ddp. needs"):
+        check_fits(_saving("on"), plan, world_size=2, ranks=2, host=tight)
+    low = dataclasses.replace(config, strategy="full-lowmem")
+    assert predict(low, plan, 1).snapshot == 0
+
+
+def _saving(background: Switch) -> TrainConfig:
+    return TrainConfig(checkpoint=CheckpointConfig(background=background))
 
 
 @pytest.mark.parametrize(

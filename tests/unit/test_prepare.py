@@ -20,6 +20,7 @@ from transformers import (
     T5Config,
 )
 
+from falcon_dist import contract
 from falcon_dist.config import DataConfig, ModelConfig, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.native import ADAPTER_CONFIG
@@ -68,6 +69,18 @@ def written(plan: PreTrainedConfig, folder: Path) -> Path:
 
 def with_data(**data: object) -> TrainConfig:
     return TrainConfig(data=DataConfig(**data))
+
+
+def test_a_run_that_is_refused_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("falcon_dist.prepare._build_ccl", lambda: pytest.fail("the ccl backend was compiled first"))
+    absent, model = TrainConfig(model=ModelConfig(name="./none-such")), write_model(tmp_path / "model")
+    for config, said in (
+        (absent, r'^model\.name: no such folder: "\./none-such"$'),
+        (TrainConfig(model=ModelConfig(name=str(model)), data=DataConfig(name="./none-such")), "none-such"),
+    ):
+        with pytest.raises(UserError, match=said):
+            prepare(config, tmp_path, {contract.BACKEND: "ccl"})
+    assert not (tmp_path / PREPARED_FILE).exists()
 
 
 def test_adapters_are_no_model_and_their_merging_is_named(tmp_path: Path) -> None:
