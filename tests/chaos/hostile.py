@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.hosts import command_line
+from cluster.machine import command_line
 
 from chaos import saving
 from chaos.bed import LAUNCH, Bed, venv_site

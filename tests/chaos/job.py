@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from cluster.hosts import Host, command_line, environment_of, wait_until
+from cluster.hosts import Host
+from cluster.machine import command_line, environment_of, wait_until
 
 END_S = 15.0
 """How long after a launcher's end something of its run may still be there: a host whose link is cut needs 10 s."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from cluster.hosts import command, wait_until
+from cluster.machine import command, wait_until
 
 from chaos.bed import EVERY, STEPS, Bed, build_library
 from chaos.expect import SILENT_S, again, ends_well, refused, unharmed

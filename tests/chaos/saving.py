@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.hosts import wait_until
+from cluster.machine import wait_until
 
 from chaos.bed import EVERY, FALCON, POISON, Bed, build_library
 from chaos.expect import again, ends_well, merge, refused, stopped, unharmed

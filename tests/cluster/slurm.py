@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from cluster.hosts import PATHS, Host, Hosts, wait_until
+from cluster.hosts import Host, Hosts
+from cluster.machine import PATHS, wait_until
 
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 CONF = """

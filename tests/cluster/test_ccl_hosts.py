@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.hosts import Host, Hosts, command_line
+from cluster.hosts import Host, Hosts
+from cluster.machine import command_line
 
 PROGRAMS = Path(__file__).parents[1] / "integration" / "ccl_programs"
 STORE_PORTS = range(29500, 29600)

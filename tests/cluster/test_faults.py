@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from launching import BIN
 
-from cluster.hosts import Hosts, environment_of, wait_until
+from cluster.hosts import Hosts
+from cluster.machine import environment_of, wait_until
 from cluster.programs import DDP, SLEEP
 
 LAUNCH, FALCON = str(BIN / "falcon-launch"), str(BIN / "falcon")

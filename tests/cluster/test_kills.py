@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from launching import BIN, write_inputs
 
-from cluster.hosts import Host, Hosts, command_line, environment_of, parent_of, wait_until
+from cluster.hosts import Host, Hosts
+from cluster.machine import command_line, environment_of, parent_of, wait_until
 from cluster.programs import SLEEP
 
 NODES = 2

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from launching import BIN, environment, launch, only_run, step_records, write_inputs
 
-from cluster.hosts import Hosts, wait_until
+from cluster.hosts import Hosts
+from cluster.machine import wait_until
 from cluster.slurm import Slurm
 
 LAUNCH = BIN / "falcon-launch"

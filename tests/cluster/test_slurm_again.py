@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from launching import BIN, environment, launch, weights_digest, write_inputs
 
-from cluster.hosts import Hosts, parent_of, wait_until
+from cluster.hosts import Hosts
+from cluster.machine import parent_of, wait_until
 from cluster.slurm import Slurm
 
 LAUNCH = str(BIN / "falcon-launch")
