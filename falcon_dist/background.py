@@ -72,7 +72,7 @@ def _lead(job: Job, team: Team) -> None:
     final = job.root / checkpoint.folder_name(job.step)
     folder = checkpoint.partial_of(final, "shared")
     try:
-        folder.mkdir(parents=True)
+        checkpoint.make(folder)
         checkpoint.check_room(folder, job.total_bytes)
         team.tell(str(job.step), "folder", folder.name)
         told: dict[str, Told] = {}

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from falcon_dist import digest
 from falcon_dist.contract import UserError
+from falcon_dist.durable import synchronise
 from falcon_dist.tensor_file import Told
 
 MANIFEST: Final = "manifest.json"
@@ -58,16 +59,21 @@ def committed(root: Path, step: int, facts: Mapping[str, Any], *, anew: bool = F
     Raises:
         UserError: the disk is full or cannot be written. Older checkpoints stay as they are.
     """
-    with written(root / folder_name(step), {"step": step, **facts}, anew=anew) as partial:
+    with written(root / folder_name(step), {"step": step, **facts}, anew=anew, above=False) as partial:
         yield partial
 
 
 @contextlib.contextmanager
-def written(final: Path, facts: Mapping[str, Any], *, anew: bool = False) -> Iterator[Path]:
-    """The same for a folder of any name: it is there whole, with its manifest, or not at all."""
+def written(final: Path, facts: Mapping[str, Any], *, anew: bool = False, above: bool = True) -> Iterator[Path]:
+    """The same for a folder of any name: it is there whole, with its manifest, or not at all.
+
+    What is ``above`` it may be made as well.
+    """
     partial = partial_of(final)
     try:
-        partial.mkdir(parents=True)
+        if above:
+            final.parent.mkdir(parents=True, exist_ok=True)
+        make(partial)
         yield partial
         commit(partial, final, facts, anew=anew)
     except (OSError, SafetensorError) as error:
@@ -75,6 +81,18 @@ def written(final: Path, facts: Mapping[str, Any], *, anew: bool = False) -> Ite
         raise UserError(f'checkpoint: cannot write "{final}": {reason}; earlier checkpoints are untouched') from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def make(folder: Path) -> None:
+    """An empty folder, and the one it is in; not what is above them.
+
+    A run's folder that is gone, as where its file system was unmounted, would be made in another place than it was.
+    """
+    try:
+        folder.mkdir()
+    except FileNotFoundError:
+        folder.parent.mkdir()
+        folder.mkdir()
 
 
 def partial_of(final: Path, kind: str = "") -> Path:
@@ -102,7 +120,7 @@ def commit(
     if final.exists():
         final.rename(final.with_name(f"{final.name}.refused-{os.getpid()}-{secrets.token_hex(2)}"))
     partial.rename(final)
-    _sync(final.parent)
+    synchronise(final.parent)
 
 
 def _write_manifest(folder: Path, facts: Mapping[str, Any], told: Mapping[str, Told]) -> None:
@@ -111,11 +129,11 @@ def _write_manifest(folder: Path, facts: Mapping[str, Any], told: Mapping[str, T
     if missing := set(told) - set(files):
         raise FileNotFoundError(errno.ENOENT, f"{min(missing)} has gone", str(folder))
     for sub in {folder, *(f for f in folder.rglob("*") if f.is_dir())}:
-        _sync(sub)
+        synchronise(sub)
     path = folder / MANIFEST
     path.write_text(manifest_text(facts, files))
-    _sync(path)
-    _sync(folder)
+    synchronise(path)
+    synchronise(folder)
 
 
 def manifest_text(facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> str:
@@ -138,21 +156,13 @@ def _told(values: Mapping[str, Any]) -> Told:
 
 
 def _synchronised(path: Path) -> Told:
-    _sync(path)
+    synchronise(path)
     return told_of(path)
 
 
 def told_of(path: Path, kind: str = digest.KIND) -> Told:
     """A file as it is."""
     return Told(path.stat().st_size, digest.of_file(path, kind), kind)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, Told]]:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from falcon_dist.contract import UserError
+from falcon_dist.durable import synchronise
 from falcon_dist.packing import NO_RECORD, Row
 
 MANIFEST: Final = "manifest.json"
@@ -190,11 +191,7 @@ def writing(folder: Path) -> Iterator[None]:
 def _synchronise(folder: Path) -> None:
     """Before a folder gets its name: a host that goes down after that must not leave it with empty files."""
     for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        synchronise(path)
 
 
 def _publish(partial: Path, path: Path) -> None:

@@ -210,7 +210,9 @@ class Saver:
         return self.run.strategy.steady and ranks * copied_bytes < MOST_OF_ROOM * host_memory.room_bytes(ranks)
 
     def _settle(self, step: int, points: Sequence[Point], fault: str | None) -> None:
-        """What follows a save on the rank that leads."""
+        """What follows a save, links and rotation on the rank that leads."""
+        if fault is None:
+            self.refused -= {step}  # it has been written anew
         if not self.team.leads:
             return
         if fault:
@@ -224,7 +226,6 @@ class Saver:
     def _tidy(self, step: int, points: Sequence[Point]) -> None:
         """Links and rotation; where they fail the checkpoint is whole all the same, and the next save tries again."""
         config = self.run.config
-        self.refused -= {step}  # it has been written anew
         try:
             settle(
                 self.run.checkpoints,

@@ -61,7 +61,7 @@ def _lead(
 ) -> None:
     folder = checkpoint.partial_of(final, "shared")
     try:
-        folder.mkdir(parents=True)
+        checkpoint.make(folder)
         checkpoint.check_room(folder, total_bytes)
         team.tell(str(facts["step"]), "folder", folder.name)
         give(folder)

@@ -113,7 +113,7 @@ class Agent:
         self._watch_outbox()
         now = time.monotonic()
         if now - self._said_at >= BEAT_S:
-            self.emit("alive")
+            self.emit("alive", used_s=self._crew.used_s())
 
     def _watch_outbox(self) -> None:
         """What waits is sent as soon as there is room: a pipe takes 64 KB, and is emptied many times a second."""

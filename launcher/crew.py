@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
 from falcon_dist.contract import RankResult
-from launcher import bind, memory, rundir, stacks
+from launcher import bind, effort, memory, rundir, stacks
 from launcher.child import SIGNALS, Child, Request, rank_order, task_order
 from launcher.errors import LaunchError
 from launcher.plan import RANK_EVENT_FD, RANK_STORE_FD, NodePlan, RankPlan, TaskPlan
@@ -64,6 +64,10 @@ class Crew:
     def busy(self) -> bool:
         """Something runs."""
         return bool(self._children)
+
+    def used_s(self) -> float:
+        """Seconds of processor time that what runs has used."""
+        return effort.used_s(self._children)
 
     def prepare(self, plan: NodePlan) -> None:
         """Takes the plan, writes what it sends along, and runs its preparations one after the other."""

@@ -156,7 +156,8 @@ def _cause_lines(report: RunReport) -> list[str]:
         return [f"preparing failed{where}: {memory}exit code {code}", *_indented(report.prepare_tail, code)]
     if rank is None or cause.kind == "hang":
         stacks = f"  stacks: {report.run_dir}/attempt_{report.attempt}/rank_*/{STACKS_FILE}"
-        return [cause.text, *([stacks] if cause.kind == "hang" else [])]
+        traced = cause.kind == "hang" and any(one.observed_cpus for one in report.ranks)
+        return [cause.text, *([stacks] if traced else [])]
     seat = f"rank {rank.rank} (local_rank {rank.local_rank}, host {rank.host})"
     if cause.kind == "binding":
         return [f"{seat} is not bound as planned: {cause.text}"]

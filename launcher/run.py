@@ -109,7 +109,7 @@ class Run:
         self._look_for_silence({key.fd for key, _ in ready})
         for key, _ in ready:
             key.data()
-        if text := self._watch.overdue(time.monotonic()):
+        if text := self._watch.overdue(time.monotonic(), preparing=self._state.phase == "preparing"):
             self._happened(Stalled(text=text))
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
@@ -192,6 +192,7 @@ class Run:
             return
         try:
             for event in channel.receive():
+                self._watch.heard(node_rank, event.get("used_s"), time.monotonic())
                 self._on_event(node_rank, event)
         except LaunchError as fault:
             self._happened(Faulted(node_rank=node_rank, text=str(fault)))

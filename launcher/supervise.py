@@ -219,9 +219,11 @@ def _stop(state: RunState) -> Decision:
 
 
 def _stalled(state: RunState, text: str) -> Decision:
+    cause = Cause(kind="hang", exit_code=EXIT_FAILED, text=text)
+    if state.phase == "preparing":
+        return _settle(state, cause)
     if state.phase != "running":
         return state, ()
-    cause = Cause(kind="hang", exit_code=EXIT_FAILED, text=text)
     return dataclasses.replace(state, phase="tracing", cause=cause), (AskStacks(), SetTimer(seconds=TRACE_S))
 
 

@@ -1,4 +1,7 @@
-"""Notices that no rank finishes a step any more. Knows no clock: monotonic times are handed in."""
+"""Notices that no rank finishes a step any more, or that nothing is done at all where no step is due.
+
+Knows no clock: monotonic times are handed in.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ FIRST_STEP_S: Final = 1800.0
 """How long the first step may take at least, when nothing is known of how long steps take; less only by a short
 ``least_s``."""
 REMEMBERED: Final = 64
+SIGN_S: Final = 0.1
+"""Processor time that is a sign of work."""
 AFTER_OTHERS_S: Final = 1800.0
 """How long a rank may take to end when another one has: what they do last they do together."""
 
@@ -37,9 +42,19 @@ class Watch:
     least_s: float = LEAST_S
     """0: nothing is ever due."""
     _ranks: dict[int, _Seen] = field(default_factory=dict)
+    _used_s: dict[int, float] = field(default_factory=dict)
+    """By node_rank, processor time of what it runs when that was a sign."""
+    _sign_at: float | None = None
+    """When anything was said or done."""
     _ended_at: float | None = None
     """When the first of them ended."""
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+
+    def heard(self, node_rank: int, used_s: float | None, now: float) -> None:
+        """A word of an agent; with ``used_s`` it only says how much processor time its processes have used."""
+        if used_s is None or abs(used_s - self._used_s.get(node_rank, 0.0)) >= SIGN_S:
+            self._sign_at = now
+            self._used_s[node_rank] = self._used_s.get(node_rank, 0.0) if used_s is None else used_s
 
     def entered(self, rank: int, phase: str, now: float) -> None:
         """A rank has begun with something else."""
@@ -66,17 +81,33 @@ class Watch:
     @property
     def limit_s(self) -> float:
         """How long no step may come."""
-        first = 10 * self.least_s if self.least_s < LEAST_S else max(FIRST_STEP_S, 10 * self.least_s)
-        return first if self.median_s is None else max(self.least_s, MEDIANS * self.median_s)
+        if self.median_s is None:
+            return self.first_s
+        return max(self.least_s, MEDIANS * self.median_s)
 
-    def overdue(self, now: float) -> str | None:
+    @property
+    def first_s(self) -> float:
+        """How long what nobody knows the usual time of may take."""
+        return 10 * self.least_s if self.least_s < LEAST_S else max(FIRST_STEP_S, 10 * self.least_s)
+
+    def overdue(self, now: float, *, preparing: bool = False) -> str | None:
         """What to say where a step is overdue, else None.
 
-        One rank outside training holds up all others, which is no fault: nothing is due then, but the end of those that
-        others have left behind.
+        One rank outside training holds up all others, which is no fault: nothing is due then, but that anything is
+        done at all, and the end of those that others have left behind.
         """
-        if not self.least_s or not self._ranks:
+        if not self.least_s or not (preparing or self._ranks):
             return None
+        if still := self._still(now):
+            return f"{still} {'while hosts prepare' if preparing else 'by any rank'}"
+        return None if preparing else self._step_overdue(now)
+
+    def _still(self, now: float) -> str | None:
+        self._sign_at = now if self._sign_at is None else self._sign_at
+        quiet = now - self._sign_at
+        return f"nothing was said and no processor time used for {quiet:.0f} s" if quiet > self.first_s else None
+
+    def _step_overdue(self, now: float) -> str | None:
         if self._ended_at is not None and now - self._ended_at > AFTER_OTHERS_S:
             left = ", ".join(map(str, sorted(self._ranks)))
             return f"rank {left} has not ended {AFTER_OTHERS_S:g} s after another one"

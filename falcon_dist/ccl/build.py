@@ -23,6 +23,7 @@ import torch
 
 from falcon_dist.ccl_recipe import SOURCES, Recipe, recipe
 from falcon_dist.contract import UserError
+from falcon_dist.durable import synchronise
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ def _compile_into(wanted: Recipe) -> None:
         _run(_link(wanted, [objects[_ONLY_PROBE], *shared], ["-pie"], probe), wanted)
         _run(_link(wanted, [objects[_ONLY_MODULE], *shared], ["-shared", "-ltorch_python"], module), wanted)
         wanted.target.parent.mkdir(exist_ok=True)
+        for made in (probe, module):
+            synchronise(made)
         probe.rename(wanted.probe)
         module.rename(wanted.target)  # last: by it a build is known to be whole
     log.info("built the ccl backend in %.0f s: %s", time.monotonic() - started, wanted.target)

@@ -71,10 +71,11 @@ def segment_attention(
         key, value = (_expand(x, heads // x.shape[1]) for x in (key, value))
     out = torch.empty_like(query)
     norms = torch.empty(batch, length, heads, dtype=torch.float32).transpose(1, 2)
-    for span in spans(position_ids, batch):
-        part, norm = _of_segment(query[span], key[span], value[span], scale)
-        out[span] = part
-        norms[span] = norm
+    with torch.autocast("cpu", enabled=False):  # scores are fp32 by intent
+        for span in spans(position_ids, batch):
+            part, norm = _of_segment(query[span], key[span], value[span], scale)
+            out[span] = part
+            norms[span] = norm
     return out, norms
 
 
@@ -91,10 +92,11 @@ def segment_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; those of a shared head are summed over the queries that share it."""
     grads = tuple(torch.empty_like(x) for x in (query, key, value))
-    for span in spans(position_ids, query.shape[0]):
-        parts = segment_gradients(grad[span], query[span], key[span], value[span], out[span], norms[span], scale)
-        for whole, part in zip(grads, parts, strict=True):
-            whole[span] = part
+    with torch.autocast("cpu", enabled=False):
+        for span in spans(position_ids, query.shape[0]):
+            parts = segment_gradients(grad[span], query[span], key[span], value[span], out[span], norms[span], scale)
+            for whole, part in zip(grads, parts, strict=True):
+                whole[span] = part
     return grads[0], grads[1], grads[2]
 
 

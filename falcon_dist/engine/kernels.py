@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from falcon_dist.durable import synchronise
 from falcon_dist.packaged import cache_folder
 
 _log = logging.getLogger(__name__)
@@ -40,11 +42,14 @@ _SQUARES: Final = 4096
 @cache
 def loaded() -> ctypes.CDLL | None:
     """The kernels; None where there is no compiler, or none whose work can be kept and run."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    name = os.environ.get("CXX") or "g++"
+    compiler = shutil.which(name)
     if compiler is None:
+        if name != "g++":
+            _log.warning("training is slower here without kernels of its own: CXX names no program: %r", name)
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        return _opened(compiler)
     except (OSError, subprocess.SubprocessError) as fault:
         said = getattr(fault, "stderr", None) or str(fault)
         reason = next(iter(said.splitlines()), type(fault).__name__)
@@ -52,12 +57,19 @@ def loaded() -> ctypes.CDLL | None:
         return None
 
 
-def _built(compiler: str) -> Path:
-    """Compiled for this processor, once; renamed when whole, so that ranks that compile at once do no harm."""
-    facts = [SOURCE.read_bytes(), repr((compiler, _FLAGS)).encode(), _processor()]
-    target = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(facts)).hexdigest()[:32]}.so"
-    if target.is_file():
-        return target
+def _opened(compiler: str) -> ctypes.CDLL:
+    """Compiled for this processor, once, and again where what was kept is no library."""
+    facts = [SOURCE.read_bytes(), repr((compiler, _FLAGS, platform.libc_ver())).encode(), _processor()]
+    kept = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(facts)).hexdigest()[:32]}.so"
+    if kept.is_file():
+        with suppress(OSError):
+            return ctypes.CDLL(str(kept))
+    _compile(compiler, kept)
+    return ctypes.CDLL(str(kept))
+
+
+def _compile(compiler: str, target: Path) -> None:
+    """Renamed when whole, so that ranks that compile at once do no harm."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as name:
         compiled, made = Path(name) / "kernels.o", Path(name) / "kernels.so"
@@ -67,8 +79,8 @@ def _built(compiler: str) -> Path:
             [compiler, "-shared", str(compiled), "-o", str(made)],
         ):
             subprocess.run(argv, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        synchronise(made)
         made.rename(target)
-    return target
 
 
 def _processor() -> bytes:
@@ -90,6 +102,11 @@ def _is_plain(tensor: Tensor) -> bool:
 def _taken(*tensors: Tensor) -> ctypes.CDLL | None:
     """The library, where it takes these as they are."""
     return loaded() if all(x.is_contiguous() for x in tensors) and takes(*tensors) else None
+
+
+def _holds(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the library may take its memory for numbers of this kind, in order."""
+    return tensor.dtype == dtype and tensor.is_contiguous()
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:
@@ -149,10 +166,11 @@ def rms_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tupl
 
 def turn(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool) -> bool:
     """Writes [B, T, H, D] heads, turned by [B, T, D] or [1, T, D] angles, to ``out``; whether this could be done."""
-    lib = _taken(cos, sin)
+    batch, length, count, width = heads.shape
+    angled = cos.shape == sin.shape and cos.shape in ((1, length, width), (batch, length, width))
+    lib = _taken(cos, sin) if angled and out.shape == heads.shape else None
     if lib is None or not all(_in_tokens(x) for x in (heads, out)):
         return False
-    batch, length, count, width = heads.shape
     sizes = (batch * length, cos.shape[0] * length, count, width, heads.stride(1), out.stride(1))
     places = (_at(x) for x in (heads, cos, sin, out))
     lib.turn(*places, *map(ctypes.c_long, sizes), ctypes.c_float(-1.0 if back else 1.0), _threads())
@@ -174,7 +192,7 @@ def causal_softmax(scores: Tensor, queries: int, scale: float) -> tuple[Tensor, 
     """
     lib = loaded()
     assert lib is not None
-    assert scores.is_contiguous()
+    assert _holds(scores, torch.float32)
     weights = torch.empty(scores.shape, dtype=torch.bfloat16)
     norms = torch.empty(scores.shape[:-1], dtype=torch.float32)
     sizes = map(ctypes.c_long, (norms.numel(), queries, scores.shape[-1]))
@@ -187,10 +205,12 @@ def causal_gradient_(
 ) -> Tensor:
     """bf16 probabilities of such scores again; their gradients become those of the products of query and key."""
     lib = loaded()
-    assert lib is not None
-    assert scores.is_contiguous()
-    assert gradients.is_contiguous()
     weights, kept = torch.empty_like(gradients), (norms.contiguous(), dots.contiguous())
+    assert lib is not None
+    assert all(_holds(x, torch.float32) for x in (scores, *kept))
+    assert _holds(gradients, torch.bfloat16)
+    assert gradients.shape == scores.shape
+    assert norms.numel() == dots.numel() == scores[..., 0].numel()
     places = (_at(x) for x in (scores, gradients, weights, *kept))
     sizes = map(ctypes.c_long, (norms.numel(), queries, scores.shape[-1]))
     lib.causal_gradient(*places, *sizes, ctypes.c_float(scale), _threads())

@@ -1,7 +1,9 @@
 """Ranks, agents and launchers that die: who is named, which exit code, and that nothing is left running."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import write_inputs
 
 LAUNCH = str(Path(sys.executable).parent / "falcon-launch")
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cpus")
@@ -177,6 +180,29 @@ def test_a_failed_preparation_starts_no_rank(tmp_path):
     assert done.stderr.startswith("preparing failed: exit code 2\n")
     (run,) = (tmp_path / "runs").iterdir()
     assert not list(run.glob("attempt_1/rank_*"))
+
+
+def test_a_preparation_that_stands_still_ends(tmp_path):
+    recipe = write_inputs(tmp_path)
+    words = [LAUNCH, "--recipe", str(recipe), "--nproc-per-node", "1", "--set", "launch.hang_s=1"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: preparing(tmp_path), 30)
+    (pid,) = preparing(tmp_path)
+    os.kill(pid, signal.SIGSTOP)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, is_alive(pid)) == (1, False)
+    assert re.match(r"nothing was said and no processor time used for 1\d s while hosts prepare\n", err)
+
+
+def preparing(folder: Path) -> list[int]:
+    """The processes that prepare a run in this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if b"falcon_dist" in words and b"prepare" in words and str(folder).encode() in b" ".join(words):
+                found.append(int(path.parent.name))
+    return found
 
 
 def test_a_crash_is_shown_with_the_stack_it_came_in(tmp_path):

@@ -127,8 +127,9 @@ def test_where_too_little_is_free_nothing_is_written_and_the_next_save_works(tmp
     assert ranks.save(kept, 3) == [None, None]
 
 
-def test_a_folder_that_has_gone_is_made_again_and_one_that_is_a_file_is_told(tmp_path: Path) -> None:
-    root = tmp_path / "checkpoints"
+def test_a_folder_that_has_gone_is_made_again_and_one_that_cannot_be_is_told(tmp_path: Path) -> None:
+    root = tmp_path / "run" / "checkpoints"
+    root.parent.mkdir()
     ranks = Ranks(root, 2)
     assert ranks.save(state(), 1) == [None, None]
     root.rename(tmp_path / "gone")
@@ -136,6 +137,9 @@ def test_a_folder_that_has_gone_is_made_again_and_one_that_is_a_file_is_told(tmp
     root.rename(tmp_path / "gone-too")
     root.write_text("")
     assert ranks.save(state(), 3) == ["Not a directory"] * 2
+    root.parent.rename(tmp_path / "unmounted")
+    assert ranks.save(state(), 4) == ["No such file or directory"] * 2
+    assert not root.parent.exists()
 
 
 def test_what_is_copied_no_longer_changes() -> None:

@@ -130,12 +130,14 @@ def test_attention_in_blocks(length: int, way: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("way")
-def test_attention_of_packed_rows_is_that_of_each_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_of_packed_rows_is_that_of_each_segment(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "SHORTEST", 20)
     place = torch.tensor([[*range(30), *range(10)], [*range(40)]])
     heads = [bf16(2, 40, count, 16).transpose(1, 2) for count in (6, 3, 3)]
     inputs = exact(*heads)
-    found = attention.attend(*heads, place, 0.3).transpose(1, 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = attention.attend(*heads, place, 0.3).transpose(1, 2)
     for row, part in ((0, slice(30)), (0, slice(30, 40)), (1, slice(40))):
         query, key, value = (x[row : row + 1, :, part] for x in inputs)
         wanted = torch.nn.functional.scaled_dot_product_attention(
@@ -226,6 +228,19 @@ def test_adapters_in_every_layer_train_as_in_the_plain_form() -> None:
     assert distance(grads[1], grads[0]) < 0.05
 
 
+def test_memory_is_never_taken_for_what_it_does_not_hold() -> None:
+    if kernels.loaded() is None:
+        pytest.skip("there is no g++ here")
+    scores, norms = torch.randn(1, 4, 4), torch.randn(1, 4)
+    with pytest.raises(AssertionError):
+        kernels.causal_softmax(scores.bfloat16(), 4, 1.0)
+    for other in (scores, bf16(1, 4, 3)):
+        with pytest.raises(AssertionError):
+            kernels.causal_gradient_(scores, other, norms, norms, queries=4, scale=1.0)
+    heads, half = bf16(1, 4, 2, 16), bf16(1, 4, 8)  # angles of half of a head
+    assert not kernels.turn(heads, half, half, torch.empty_like(heads), back=False)
+
+
 def test_a_library_is_compiled_once_and_none_that_fails_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -241,12 +256,26 @@ def test_a_library_is_compiled_once_and_none_that_fails_is_taken(
         assert kernels.loaded() is not None
         assert made.stat().st_mtime_ns == written
         kernels.loaded.cache_clear()
+        empty = tmp_path / "again" / "falcon-dist" / "kernels" / made.name  # as a host leaves it that went down
+        empty.parent.mkdir(parents=True)
+        empty.touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "again"))
+        assert kernels.loaded() is not None
+        assert empty.stat().st_size
+        kernels.loaded.cache_clear()
         monkeypatch.setattr(kernels, "_FLAGS", ("--no-such-flag",))
         assert kernels.loaded() is None
         assert "its kernels cannot be compiled" in caplog.text
         assert "no-such-flag" in caplog.text
         kernels.loaded.cache_clear()
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        assert kernels.loaded() is None
+        assert "CXX names no program: 'no-such-compiler'" in caplog.text
+        kernels.loaded.cache_clear()
+        caplog.clear()
+        monkeypatch.delenv("CXX")
         monkeypatch.setattr(shutil, "which", lambda name: None)
         assert kernels.loaded() is None
+        assert not caplog.text
     finally:
         kernels.loaded.cache_clear()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import stacks
+from launcher import effort, stacks
 from launcher.standing import Stand, accuse
 from launcher.watch import Watch
 
@@ -42,6 +42,46 @@ def test_a_step_is_overdue_after_a_minute_or_five_usual_steps():
     watch, now = training(30.0, 30.0, 90.0)
     assert watch.overdue(now + 150) is None
     assert watch.overdue(now + 151)
+
+
+def test_where_no_step_is_due_something_is_done_all_the_same():
+    watch = Watch()
+    assert watch.overdue(0.0, preparing=True) is None
+    for minute in range(120):  # one of two hosts works, the other one waits for it
+        for node_rank, used_s in ((0, 0.0), (1, 0.2 * minute)):
+            watch.heard(node_rank, used_s, 60.0 * minute)
+        assert watch.overdue(60.0 * minute, preparing=True) is None
+    worked = 60.0 * 119
+    watch.heard(0, 0.05, worked + 1000)  # a moment of waiting
+    assert watch.overdue(worked + 1800, preparing=True) is None
+    said = "nothing was said and no processor time used for 1801 s while hosts prepare"
+    assert watch.overdue(worked + 1801, preparing=True) == said
+    watch.heard(0, None, worked + 1801)  # a line of output
+    assert watch.overdue(worked + 3600, preparing=True) is None
+    assert watch.overdue(worked + 10_000) is None  # a program of which nothing is known
+
+
+def test_ranks_that_load_are_watched_too_unless_nothing_is_ever_due():
+    for least_s, limit in ((60.0, 1800), (2.0, 20), (0.0, None)):
+        watch = Watch(least_s)
+        watch.heard(0, None, 0.0)
+        watch.entered(0, "load", 0.0)
+        assert watch.overdue(limit or 0) is None
+        assert (watch.overdue((limit or 10_000) + 1) is None) == (limit is None)
+
+
+def test_processor_time_is_that_of_all_that_was_started():
+    busy = "import time\nwhile time.process_time() < 0.5: pass\n"
+    nested = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {busy!r}])\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", nested]) as process:
+        try:
+            deadline = time.monotonic() + 20
+            while effort.used_s([process.pid]) < 0.5:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            process.kill()
+    assert effort.used_s([process.pid]) == 0.0
 
 
 def test_one_slow_rank_is_no_hang_as_long_as_another_steps():

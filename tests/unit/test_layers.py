@@ -42,6 +42,7 @@ LAYERS = {
             "wire",
             "transport",
             "silence",
+            "effort",
             "stacks",
             "interrupts",
             "child",

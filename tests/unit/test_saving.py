@@ -158,3 +158,13 @@ def test_a_step_that_was_refused_counts_again_once_it_is_saved_anew(tmp_path: Pa
     for step in (4, 6):
         saver.save(step)
     assert keeping.committed_steps(saver.run.checkpoints) == [6]
+
+
+def test_every_rank_knows_that_a_refused_step_was_saved_anew(tmp_path: Path) -> None:
+    """Asked for it in an emergency, it would put the new one aside."""
+    saver = saver_of(tmp_path, CheckpointConfig())
+    saver.team = dataclasses.replace(saver.team, rank=1, writers=(0, 1))
+    saver.refused = frozenset({4, 6})
+    saver._settle(4, (), None)
+    saver._settle(6, (), "No space left on device")
+    assert saver.refused == {6}
