@@ -3,7 +3,7 @@
     python benchmarks/curves.py FOLDER [--steps 300] [--tokens 128] [--svg docs/curves.svg] [--only NAME ...]
 
 Every run is falcon-launch with the demo recipe on two ranks, the same rows in the same order. A run that is already
-in FOLDER is not done again. Judged is the held-out loss at the end: within 1 % of fp32's, full-lowmem's within 3 %.
+in FOLDER is not done again, and must be as long, with rows as long. Judged is the held-out loss at the end: within 1 % of fp32's, full-lowmem's within 3 %.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> int:
     for name in names:
         if not (flags.folder / name / "report.json").is_file():
             train(flags, name)
-    found = {name: read(flags.folder / name) for name in names}
+    found = {name: read(flags.folder / name, flags) for name in names}
     reference = found["fp32"]["held_out"]
     kept = True
     for name, run in found.items():
@@ -69,10 +69,13 @@ def train(flags: argparse.Namespace, name: str) -> None:
     subprocess.run([str(BIN / "falcon-launch"), *words], check=True)
 
 
-def read(run: Path) -> dict[str, Any]:
-    """Training losses by step and the held-out loss at the end."""
+def read(run: Path, flags: argparse.Namespace) -> dict[str, Any]:
+    """Training losses by step and the held-out loss at the end; no run of another length is compared."""
     rank = run / "attempt_1" / "rank_0000"
     losses = [json.loads(line)["loss"] for line in (rank / "steps.jsonl").read_text().splitlines()]
+    train = json.loads((run / "config.json").read_text())["train"]
+    if (len(losses), train["data"]["max_length"]) != (flags.steps, flags.tokens):
+        sys.exit(f"{run}: {len(losses)} steps, rows of {train['data']['max_length']} tokens; name another folder")
     told = json.loads((rank / "result.json").read_text())["summary"]["tuned"]["held_out"]
     return {"losses": losses, "held_out": told["loss"]}
 
