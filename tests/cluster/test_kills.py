@@ -4,129 +4,66 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import subprocess
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from launching import BIN, write_inputs
+from launching import write_inputs
+from saves.ledger import Ledger
 
-from cluster.hosts import Host, Hosts
-from cluster.machine import command_line, environment_of, parent_of, wait_until
+from cluster.hosts import Hosts
+from cluster.killer import ALIVE, BEFORE, KINDS, NODES, RANKS_A_NODE, STEPPED, Kill, Killer, Ranks
 from cluster.programs import SLEEP
 
-NODES = 2
-RANKS_A_NODE = 2
-SIGNS = ("program.py", "launcher.agent", "-m falcon_dist", "falcon_dist.store", "sleep 1000")
-SLEEPING_S, TRAINING_S = 2.0, 25.0
-"""Kills come within this after a start: while it starts, runs, or trains and saves."""
 
-
-def program_of(pid: int) -> str:
-    """What a process runs: a login shell's own children are named like the command it is to start."""
-    try:
-        return Path(f"/proc/{pid}/exe").readlink().name
-    except OSError:
-        return ""
-
-
-def of_host(host: Host) -> list[tuple[str, str, int]]:
-    """Parts of the run on a host: what it is, the words by which it has to be named, its number."""
-    agents = [pid for pid in host.find("-m launcher.agent") if program_of(pid).startswith("python")]
-    found = []
-    for pid in agents:
-        if parent_of(pid) not in agents:
-            found.append(("keeper", f"{host.name}: ", pid))
-        elif parent_of(parent_of(pid)) not in agents:
-            found.append(("agent", f"{host.name}: ", pid))
-    for pid in host.find("program.py") + host.find("-m falcon_dist train"):
-        env = environment_of(pid).splitlines()
-        rank = next((line.removeprefix("RANK=") for line in env if line.startswith("RANK=")), None)
-        if rank is not None and parent_of(pid) in agents:
-            local = int(rank) % RANKS_A_NODE
-            named = f"rank {rank} (local_rank {local}, host {host.name}) failed first: SIGKILL"
-            found.append(("rank", named, pid))
-    return found
-
-
-def parts(hosts: Hosts) -> list[tuple[str, str, int]]:
-    found = [part for host in hosts.hosts[:NODES] for part in of_host(host)]
-    for pid in hosts[0].find("launcher.agent"):
-        if program_of(pid) == "ssh":
-            found.append(("ssh", "node2: ", pid))
-    for pid in hosts[0].find("falcon-launch"):
-        if program_of(pid).startswith("python") and not program_of(parent_of(pid)).startswith("python"):
-            found.append(("launcher", "", pid))
-    return found
-
-
-def left(hosts: Hosts) -> list[str]:
-    return [command_line(pid) for host in hosts.hosts[:NODES] for sign in SIGNS for pid in host.find(sign)]
-
-
-def kill_any(hosts: Hosts, chance: random.Random, run: subprocess.Popen[str]) -> tuple[str, str, str]:
-    """Kills any part of the run, each kind as often as the others; what it was, and how it has to be named."""
-    while run.poll() is None:
-        by_kind: dict[str, list[tuple[str, int]]] = {}
-        for kind, name, pid in parts(hosts):
-            by_kind.setdefault(kind, []).append((name, pid))
-        if not by_kind:
-            continue
-        kind = chance.choice(sorted(by_kind))
-        name, pid = chance.choice(by_kind[kind])
-        told = f"{kind} {pid} of parent {parent_of(pid)}: {command_line(pid)}"
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:  # a process of the start that was replaced meanwhile
-            continue
-        return kind, name, told
-    raise AssertionError(f"ended by itself with {run.returncode} before anything was killed: {run.communicate()[1]}")
-
-
-def kill_one(hosts: Hosts, chance: random.Random, program: list[str], within_s: float) -> tuple[str, float]:
-    """One run, one kill; what was killed and how long all took to end."""
-    named = ["--hosts", "node[1-2]", "--nproc-per-node", str(RANKS_A_NODE)]
-    words = [str(BIN / "falcon-launch"), *named, *program]
-    process = hosts[0].enter(*words, cwd=hosts.disk / "work")
-    time.sleep(chance.uniform(0.0, within_s))
-    kind, name, told = kill_any(hosts, chance, process)
-    begun = time.monotonic()
-    try:
-        _, err = process.communicate(timeout=20)
-    except subprocess.TimeoutExpired:
-        raise AssertionError(f"goes on without {told}") from None
-    wait_until(lambda: not left(hosts), 15, f"the end of {left(hosts)} after {kind}")
-    seconds = time.monotonic() - begun
-    assert [place for host in hosts.hosts[:NODES] for place in host.listening()] == []
-    code = {"rank": 137, "launcher": -signal.SIGKILL}.get(kind, 1)
-    assert process.returncode == code, (told, process.returncode, err)
-    assert err.startswith(name) or f": {name}" in err.splitlines()[0], (kind, name, err)
-    assert seconds < (10 if kind == "rank" else 15), (kind, seconds)
-    return kind, seconds
-
-
-def kill_many(hosts: Hosts, count: int, program: Callable[[random.Random], list[str]], within_s: float) -> str:
-    """So many runs, each with one kill; what was killed, and how soon nothing was left. KILL_SEED repeats a series."""
+def kill_many(hosts: Hosts, idle: set[int], ranks: Ranks, count: int, title: str) -> str:
+    """So many runs, each with one kill; the ledger of what was killed when. KILL_SEED repeats a series."""
     seed = int(os.environ.get("KILL_SEED", random.randrange(1 << 30)))
-    chance = random.Random(seed)
-    longest: dict[str, float] = {}
-    counts: dict[str, int] = {}
+    killer = Killer(hosts, idle, ranks, random.Random(seed))
+    ledger, kills = Ledger(f"{title}, seed {seed}"), list[Kill]()
     for number in range(count):
         try:
-            kind, seconds = kill_one(hosts, chance, program(chance), within_s)
+            kills.append(killer.kill_one(early=(number + 1) % ranks.early == 0))
         except AssertionError as fault:
             raise AssertionError(f"kill {number} of KILL_SEED={seed}: {fault}") from fault
-        counts[kind] = counts.get(kind, 0) + 1
-        longest[kind] = max(longest.get(kind, 0.0), seconds)
-        if os.environ.get("KILL_LEDGER"):
-            Path(os.environ["KILL_LEDGER"]).write_text(f"{number + 1} of {count}, seed {seed}: {counts}\n")
-    return f"killed {counts}; all ended within { ({k: round(v, 1) for k, v in longest.items()}) } s, no port held"
+        kind, phase, seconds = kills[-1]
+        ledger.count(kind, phase)
+        write_ledger(f"{number + 1} of {count} {title}: {kind}, {phase}, over within {seconds:.1f} s")
+    ledger.fact("all over, and no port held, within", f"{max(kill.seconds for kill in kills):.1f} s")
+    write_ledger(str(ledger))
+    check_spread(kills, ranks)
+    return str(ledger)
+
+
+def write_ledger(line: str) -> None:
+    """Adds to the file that KILL_LEDGER names."""
+    if name := os.environ.get("KILL_LEDGER"):
+        with Path(name).open("a") as file:
+            file.write(f"{line}\n")
+
+
+def check_spread(kills: list[Kill], ranks: Ranks) -> None:
+    """Enough kills met what there is to be left behind, and every kind of process is among them."""
+    met = sum(kill.phase == ranks.ready for kill in kills)
+    assert met >= ranks.least * len(kills), f"{ranks.ready}: {met} of {len(kills)}"
+    alive = [kill.kind for kill in kills if kill.phase != BEFORE]
+    for kind in KINDS:
+        assert alive.count(kind) >= len(alive) // 10, f"{kind}: {alive.count(kind)} of {len(alive)} that met live ranks"
+
+
+@pytest.fixture(scope="module")
+def idle(hosts: Hosts) -> Iterator[set[int]]:
+    """Processes of hosts on which nothing runs: the first one, what waits for it, and the sshd that listens."""
+    with ExitStack() as without:
+        # What a login of this machine does can take longer than all else of a short run, and is nobody's orphan.
+        for host in hosts if (own := Path.home() / ".bashrc").exists() else ():
+            without.enter_context(host.mounted("--bind", "/dev/null", str(own)))
+        yield {pid for host in hosts for pid in host.pids()}
 
 
 @pytest.fixture
-def work(hosts: Hosts) -> Path:
+def work(hosts: Hosts, idle: set[int]) -> Path:
     """The folder that runs start from, on each host's own disk."""
     for host in hosts.hosts[:NODES]:
         (host.disk / "work").mkdir(exist_ok=True)
@@ -134,23 +71,43 @@ def work(hosts: Hosts) -> Path:
     return hosts[0].disk / "work"
 
 
+SLEEPING = Ranks(
+    # One deaf to SIGTERM takes three seconds to end, so it is the rarer kind.
+    words=lambda chance: ["--", "program.py", *chance.choice([(), ("apart",), ("apart",), ("deaf",)])],
+    is_ready=lambda work: (work / "out").read_text().count("] ready\n") == NODES * RANKS_A_NODE,
+    ready=ALIVE,
+    least=0.5,
+    early=4,
+    starting_s=2.0,
+    going_s=1.5,
+)
+TRAINING = Ranks(
+    words=lambda _: [
+        *("--recipe", "recipe.toml", "--backend", "gloo", "--use-logical-cores"),
+        *("--set", "evaluate.base=false"),
+    ],
+    is_ready=lambda work: any("\n" in file.read_text() for file in work.glob("runs/*/attempt_1/rank_0000/steps.jsonl")),
+    ready=STEPPED,
+    least=0.7,
+    early=5,
+    starting_s=25.0,
+    going_s=3.0,
+)
+
+
 @pytest.mark.parametrize("count", [12, pytest.param(950, marks=pytest.mark.slow)])
 @pytest.mark.timeout(7200)
-def test_random_kills(hosts: Hosts, work: Path, count: int, capsys: pytest.CaptureFixture[str]):
-    def program(chance: random.Random) -> list[str]:
-        return ["--", "program.py", *chance.choice([(), ("deaf",), ("apart",)])]
-
-    told = kill_many(hosts, count, program, SLEEPING_S)
+def test_random_kills(hosts: Hosts, idle: set[int], work: Path, count: int, capsys: pytest.CaptureFixture[str]):
+    told = kill_many(hosts, idle, SLEEPING, int(os.environ.get("KILLS", count)), "kills of runs with plain ranks")
     with capsys.disabled():
         print(f"\n{told}")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_random_kills_while_training(hosts: Hosts, work: Path, capsys: pytest.CaptureFixture[str]):
+def test_random_kills_while_training(hosts: Hosts, idle: set[int], work: Path, capsys: pytest.CaptureFixture[str]):
     recipe = write_inputs(work)
     recipe.write_text(recipe.read_text().replace(str(work), str(hosts.disk / "work")).replace("= 8\n", "= 4000\n", 1))
-    flags = ["--recipe", "recipe.toml", "--backend", "gloo", "--use-logical-cores", "--set", "evaluate.base=false"]
-    told = kill_many(hosts, int(os.environ.get("KILLS", "50")), lambda _: flags, TRAINING_S)
+    told = kill_many(hosts, idle, TRAINING, int(os.environ.get("KILLS", "50")), "kills of training runs")
     with capsys.disabled():
-        print(f"\nwhile training: {told}")
+        print(f"\n{told}")
