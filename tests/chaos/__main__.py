@@ -22,12 +22,12 @@ from pathlib import Path
 
 from cluster.hosts import Hosts
 
-from chaos import entering, hostile, links, ranks, saving
+from chaos import disks, entering, hostile, links, ranks, saving
 from chaos.bed import Bed, write_inputs
 from chaos.job import leave
 from chaos.table import MODES, Fault, Found, Line, Mode, check_complete, markdown, newest
 
-FAMILIES = (ranks, links, saving, entering, hostile)
+FAMILIES = (ranks, links, saving, disks, entering, hostile)
 ALL: tuple[Fault, ...] = tuple(sorted((f for family in FAMILIES for f in family.FAULTS), key=lambda f: f.number))
 INTRO = """# Faults: what happens when ...
 
