@@ -2,7 +2,7 @@ import dataclasses
 import json
 
 import pytest
-from chaos.table import HEAD, Fault, Found, Line, check_complete, markdown, newest
+from chaos.table import HEAD, Fault, Found, Line, check_complete, markdown, newest, repeated
 
 GOOD = Found(detected_s=0.04, cause="rank 1 died | badly", again_s=9.97, steps_lost=0, exit_code=0)
 
@@ -35,6 +35,8 @@ def test_series_of_rows_are_put_together():
     other = dataclasses.replace(line(), mode="hosts")
     kept = [json.loads(json.dumps(dataclasses.asdict(one))) for one in (other, line(), later)]
     assert newest(kept) == [later, other]
+    assert list(repeated(kept).values()) == ["1 local 2 times, 1 failed"]
+    assert repeated(kept[:2]) == {}
 
 
 def test_the_catalogue_has_every_row_once():
