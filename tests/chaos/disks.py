@@ -180,12 +180,12 @@ def _fill(folder: Path, *, but: int) -> None:
 
 
 def _longest_save(marks: Path) -> int:
-    """Seconds between the first and the last fsync of a checkpoint, by what the preloaded library noted."""
+    """Seconds between the first and the last fsync of a checkpoint as the preloaded library noted; 0: it did not."""
     times: dict[str, list[int]] = {}
-    for line in marks.read_text().splitlines():
+    for line in marks.read_text().splitlines() if marks.exists() else ():
         second, path = line.split(" ", 1)
         times.setdefault(path.partition("/checkpoints/")[2].split("/")[0], []).append(int(second))
-    return max(max(of_one) - min(of_one) for name, of_one in times.items() if ".partial" in name)
+    return max((max(of_one) - min(of_one) for name, of_one in times.items() if ".partial" in name), default=0)
 
 
 FAULTS = (
