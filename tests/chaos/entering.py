@@ -16,26 +16,35 @@ from falcon_dist.contract import EXIT_STOPPED
 
 AT = 25
 USUAL_PORT = 29500
-HOLD_PORT = "import socket, time; s = socket.create_server(('', {port})); print('held', flush=True); time.sleep(600)"
+HOLD_PORT = """
+import os, socket, time
+held = socket.create_server(("", {port}))
+print(os.getpid(), open("/proc/self/stat").read().rpartition(")")[2].split()[19], flush=True)
+time.sleep(600)
+"""
 
 
 def port_in_use(bed: Bed) -> Found:
-    """The port everybody takes is held, a dead launcher left its mark, and two runs start at once."""
-    stale = bed.work / "runs/old"
-    stale.mkdir(parents=True)
-    gone = {"hostname": "node1", "boot_id": "gone", "pid": 1, "started": 1}
-    (stale / "running.json").write_text(json.dumps({"launcher": gone, "since": 0, "agents": []}))
+    """The port everybody takes is held; a run starts, and one is resumed whose mark names a process that is alive and
+    not its launcher: the number and the start time are those of a boot before.
+    """
+    mark = saving.abandoned(bed, AT).run / "running.json"
+    told = json.loads(mark.read_text())
     holder = bed.main.enter("python3", "-c", HOLD_PORT.format(port=USUAL_PORT))
     try:
         assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        first, second = bed.train(run="r"), bed.train(run="s")
+        pid, started = map(int, holder.stdout.readline().split())
+        told["launcher"] |= {"boot_id": "gone", "pid": pid, "started": started}
+        mark.write_text(json.dumps(told))
+        first, second = bed.resume(run="r"), bed.train(run="s")
         for job in (first, second):
             job.end()
+        wrong = [] if holder.poll() is None else ["the process that the mark names was ended"]
     finally:
         holder.kill()
         holder.wait()
-    return merge(unharmed(bed, first), unharmed(bed, second).wrong)
+    wrong += [] if first.first_line("resuming from .*step-") else ["it was not resumed"]
+    return merge(unharmed(bed, first), [*unharmed(bed, second).wrong, *wrong])
 
 
 def interrupted(bed: Bed) -> Found:

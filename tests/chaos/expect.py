@@ -104,9 +104,7 @@ def stopped(bed: Bed, job: Job, named: str, codes: tuple[int, ...], *, within: f
         wrong.append(f"noticed after {detected:.1f} s, not within {within:g} s")
     if code not in codes:
         wrong.append(f"exit code {code}, not one of {codes}")
-    if "Traceback" in "\n".join(said.text for said in job.err if not said.text.startswith("  ")):
-        wrong.append("a traceback")
-    wrong += damaged(job.run / "checkpoints")
+    wrong += [*traceback_of(job), *damaged(job.run / "checkpoints")]
     return Found(
         detected_s=detected,
         cause=line.text.removeprefix("noticed: ") if line else "",
@@ -132,6 +130,12 @@ def damaged(root: Path) -> list[str]:
     """Committed checkpoints that do not verify."""
     whole = [path for path in root.glob("step-*") if path.suffix == ""] if root.is_dir() else []
     return [f"{path.name}: {fault}" for path in whole if (fault := checkpoint.fault_of(path))]
+
+
+def traceback_of(job: Job) -> list[str]:
+    """A traceback where a line is due; what the launcher quotes of a rank is set in."""
+    said = "\n".join(line.text for line in job.err if not line.text.startswith("  "))
+    return ["a traceback"] if "Traceback" in said else []
 
 
 def cause_line(job: Job) -> str:

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from cluster.machine import command_line
 
 from chaos import saving
 from chaos.bed import LAUNCH, Bed, venv_site
-from chaos.expect import ends_well, merge, refused, unharmed
+from chaos.expect import ends_well, merge, refused, stopped, unharmed
 from chaos.table import Fault, Found
+from falcon_dist import checkpoint
+from falcon_dist.contract import UserError
+from falcon_dist.train_state import COUNTERS, optimizer_parts, optimizer_steps
 
 AT = 25
 CANARY = "canary-5be1f0"
@@ -90,7 +94,7 @@ def rows_differ(bed: Bed) -> Found:
     second.mark()
     code = second.end()
     line = second.first_line(r"is not what was (written|sent)|damaged|received")
-    wrong = ends_well(bed, second, code) if code == 0 else []
+    wrong = ends_well(bed, second, code)
     return Found(
         detected_s=line.at - second.began if line else None,
         cause=line.text if line else "",
@@ -102,7 +106,7 @@ def rows_differ(bed: Bed) -> Found:
 
 def evil_hosts(bed: Bed) -> Found:
     """Shell words, options and odd letters in place of host names; a hostfile, or the list on the command line."""
-    file, began, wrong, lines = bed.work / CANARY, time.monotonic(), [], []
+    file, longest, wrong, lines = bed.work / CANARY, 0.0, [], []
     for number, text in enumerate(EVIL):
         word = text.format(file=file)
         hostfile = bed.work / f"hosts-{number}"
@@ -110,24 +114,33 @@ def evil_hosts(bed: Bed) -> Found:
         if bed.mode == "local" and "\0" in word:
             continue  # no argument can hold it
         given = ["--hosts", word] if bed.mode == "local" else ["--hostfile", str(hostfile)]
+        began = time.monotonic()
         done = bed.main.run(LAUNCH, *given, "--", "x.py", cwd=bed.work, timeout=60)
+        longest = max(longest, time.monotonic() - began)
         lines.append(done.stderr.strip())
         if done.returncode != 2 or len(done.stderr.strip().splitlines()) != 1:
             wrong.append(f"{word!r}: exit code {done.returncode}: {done.stderr.strip()[:100]}")
     wrong += ["a command of it ran"] if file.exists() else []
-    took = (time.monotonic() - began) / len(EVIL)
-    return Found(detected_s=took, cause=lines[1], orphans=bed.count_orphans(), exit_code=2, wrong=tuple(wrong))
+    return Found(detected_s=longest, cause=lines[1], orphans=bed.count_orphans(), exit_code=2, wrong=tuple(wrong))
 
 
 def bombs_in_a_checkpoint(bed: Bed) -> Found:
-    """Every file of the newest checkpoint is a pickle that runs a command."""
+    """Every file of the newest checkpoint is a pickle that runs a command, first under a manifest that is right."""
     file = bed.work / CANARY
     job = saving.abandoned(bed, AT)
-    newest = max((job.run / "checkpoints").glob("step-*[0-9]"))
-    for path in [p for p in newest.rglob("*") if p.is_file()]:
-        path.write_bytes(pickle.dumps(Bomb(file)))
+    newest = saving.newest_of(job)
+    files = sorted(checkpoint.read_manifest(newest)[1])
+    _bomb(newest, [name for name in files if name != COUNTERS], file)  # those are read first
+    tried = bed.resume()
+    tried.mark()
+    wrong = [*stopped(bed, tried, "--resume: .* cannot be used", (2,), within=120).wrong]
+    wrong += ["it trained all the same"] if tried.steps(attempt=2) else []
+    wrong += _taken(lambda: list(optimizer_parts(newest)), "the optimizer's state")
+    _bomb(newest, [COUNTERS], file)
+    wrong += _taken(lambda: optimizer_steps(newest), "counters")
+    (newest / checkpoint.MANIFEST).write_bytes(pickle.dumps(Bomb(file)))
     found = saving.resumed(bed, f"refused .*{newest.name}", lost=20, reached=job.steps())
-    return merge(found, ["a command of it ran"] if file.exists() else [])
+    return merge(found, [*wrong, *(["a command of it ran"] if file.exists() else [])])
 
 
 def bomb_as_a_model(bed: Bed) -> Found:
@@ -184,6 +197,25 @@ def secrets(bed: Bed) -> Found:
     wrong += ["a secret on a command line"] if any(CANARY in line for line in seen) else []
     wrong += ["a secret in the output"] if CANARY in job.text() else []
     return merge(found, wrong)
+
+
+def _bomb(folder: Path, names: list[str], file: Path) -> None:
+    """Bombs in the place of these files of a checkpoint, whose manifest tells their sizes and hashes."""
+    facts, files = checkpoint.read_manifest(folder)
+    for name in names:
+        (folder / name).write_bytes(pickle.dumps(Bomb(file)))
+    entries = {name: checkpoint.entry(checkpoint.told_of(folder / name)) for name in files}
+    (folder / checkpoint.MANIFEST).write_text(checkpoint.manifest_text(facts, entries))
+    assert checkpoint.fault_of(folder) is None, folder
+
+
+def _taken(read: Callable[[], object], what: str) -> list[str]:
+    """What is wrong where a reader takes a bomb for what its name says."""
+    try:
+        read()
+    except UserError:
+        return []
+    return [f"a bomb was taken for {what}"]
 
 
 def _other_version(bed: Bed, name: str) -> Path:

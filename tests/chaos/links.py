@@ -11,7 +11,7 @@ from contextlib import suppress
 from cluster.machine import command, wait_until
 
 from chaos.bed import EVERY, STEPS, Bed, build_library
-from chaos.expect import SILENT_S, again, ends_well, refused, unharmed
+from chaos.expect import SILENT_S, again, ends_well, merge, refused, unharmed
 from chaos.job import END_S, Job
 from chaos.table import Fault, Found
 
@@ -24,10 +24,15 @@ SHIFTED_CLOCK = r"""
 #include <stdlib.h>
 #include <sys/time.h>
 #include <time.h>
-/* The wall clock is off by as many seconds as the file CHAOS_CLOCK says, looked at ten times a second. */
+/* The wall clock is off by as many seconds as the file CHAOS_CLOCK says, looked at ten times a second; the file
+   CHAOS_MARK has a line for each rank that was told another time. */
+static void mark(long seconds) {
+    FILE *file = getenv("CHAOS_MARK") ? fopen(getenv("CHAOS_MARK"), "a") : NULL;
+    if (file) { fprintf(file, "%s %ld\n", getenv("RANK") ? getenv("RANK") : "-", seconds); fclose(file); }
+}
 static long offset(void) {
     static int (*real)(clockid_t, struct timespec *);
-    static long seconds;
+    static long seconds, before;
     static struct timespec last;
     struct timespec now;
     if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
@@ -36,6 +41,7 @@ static long offset(void) {
         FILE *file = getenv("CHAOS_CLOCK") ? fopen(getenv("CHAOS_CLOCK"), "r") : NULL;
         last = now;
         if (file) { if (fscanf(file, "%ld", &seconds) != 1) seconds = 0; fclose(file); }
+        if (seconds != before) mark(before = seconds);
     }
     return seconds;
 }
@@ -134,7 +140,7 @@ def clock_jumps(bed: Bed) -> Found:
     job.mark()
     for offset in (3600, -3600):
         shifted(offset)
-        time.sleep(1.0)
+        wait_until(lambda now=offset: _told(bed, now) >= {"0", "1"}, 30, "another time in both ranks")
     return unharmed(bed, job)
 
 
@@ -143,7 +149,8 @@ def clock_is_off(bed: Bed) -> Found:
     _, env = _shifted_clock(bed, 3600)
     with bed.last.login_environment(env):
         job = bed.train("--max-restarts", "1")
-        return unharmed(bed, job, r"node2: .*clock is \+3600")
+        found = unharmed(bed, job, r"node2: .*clock is \+3600")
+    return merge(found, [] if "1" in _told(bed, 3600) else ["rank 1 was told the right time"])
 
 
 def launcher_killed(bed: Bed) -> Found:
@@ -210,7 +217,15 @@ def _shifted_clock(bed: Bed, offset: int) -> tuple[Callable[[int], None], dict[s
     def shift(seconds: int) -> None:
         told.write_text(f"{seconds}\n")
 
-    return shift, {"LD_PRELOAD": str(library), "CHAOS_CLOCK": str(told)}
+    return shift, {"LD_PRELOAD": str(library), "CHAOS_CLOCK": str(told), "CHAOS_MARK": str(bed.work / "marks")}
+
+
+def _told(bed: Bed, offset: int) -> set[str]:
+    """Ranks, and "-" for other processes, whose clock was off by this: the library was loaded there."""
+    with suppress(FileNotFoundError):
+        lines = (bed.work / "marks").read_text().splitlines()
+        return {line.split()[0] for line in lines if line.endswith(f" {offset}")}
+    return set()
 
 
 FAULTS = (

@@ -1,4 +1,4 @@
-"""Checkpoints, disks and folders that fail, and numbers that spoil weights: rows 9-13, 23-25, 32."""
+"""Checkpoints that are cut off or damaged, and numbers that spoil weights: rows 9, 10, 12, 13."""
 
 from __future__ import annotations
 
@@ -7,35 +7,18 @@ import os
 import shutil
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from cluster.machine import wait_until
 
-from chaos.bed import EVERY, FALCON, POISON, Bed, build_library
-from chaos.expect import again, ends_well, merge, refused, stopped, unharmed
+from chaos.bed import EVERY, POISON, Bed
+from chaos.expect import again, ends_well, merge, stopped
 from chaos.job import END_S, Job
 from chaos.table import Fault, Found
+from falcon_dist.checkpoint import folder_name
+from falcon_dist.keeping import committed_steps
 
 AT = 25
-SLOW_FSYNC = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stdio.h>
-#include <string.h>
-#include <unistd.h>
-/* A disk that takes its time for whatever lies below "checkpoints". */
-int fsync(int fd) {
-    static int (*real)(int);
-    char link[64], path[4096];
-    ssize_t length;
-    if (!real) real = dlsym(RTLD_NEXT, "fsync");
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    length = readlink(link, path, sizeof path - 1);
-    if (length > 0) { path[length] = 0; if (strstr(path, "/checkpoints/")) sleep(1); }
-    return real(fd);
-}
-"""
 
 
 def not_finite(bed: Bed) -> Found:
@@ -63,29 +46,11 @@ def weight_flipped(bed: Bed) -> Found:
     return merge(stopped(bed, job, r"replicas: after step \d+ .*rank 1 ", (3,), within=15), _retried(job))
 
 
-def disk_full(bed: Bed) -> Found:
-    runs = bed.work / "runs"
-    runs.mkdir()
-    with bed.main.mounted("-t", "tmpfs", "-o", "size=5M,mode=755", "tmpfs", str(runs)):
-        job = bed.train()
-        job.run = bed.main.seen(job.run)
-        found = stopped(bed, job, "No space left on device", (1, 2), within=120)
-        kept = list((job.run / "checkpoints").glob("step-*[0-9]"))
-        bed.main.remount("size=100M", runs)
-        after = bed.resume()
-        code = after.end()
-        after.run = job.run
-        return merge(found, [*([] if kept else ["no earlier checkpoint is left"]), *ends_well(bed, after, code)])
-
-
 def killed_in_a_save(bed: Bed) -> Found:
     job = bed.train("--max-restarts", "2")
     job.wait_step(EVERY + 2)
-    pid, root = job.pid_of(0), job.run / "checkpoints"
-    deadline = time.monotonic() + 60
-    while not list(root.glob(f"step-{3 * EVERY:06d}.partial*")):
-        assert time.monotonic() < deadline, job.text()[-500:]
-        assert job.process.poll() is None, job.text()[-500:]
+    pid = job.pid_of(0)
+    wait_for_save(job, f"step-{3 * EVERY:06d}.partial*")
     job.mark()
     os.kill(pid, signal.SIGKILL)
     return again(bed, job, r"rank 0 .* failed first: SIGKILL")
@@ -94,7 +59,7 @@ def killed_in_a_save(bed: Bed) -> Found:
 def corrupted(bed: Bed) -> Found:
     """The newest checkpoint is damaged while nobody looks: cut short, or a page of zeros."""
     job = abandoned(bed, AT)
-    newest = max((job.run / "checkpoints").glob("step-*[0-9]"))
+    newest = newest_of(job)
     victim = max((p for p in newest.rglob("*.safetensors")), key=lambda p: p.stat().st_size)
     if bed.mode == "local":
         os.truncate(victim, victim.stat().st_size // 2)
@@ -105,61 +70,6 @@ def corrupted(bed: Bed) -> Found:
     return resumed(bed, rf"refused .*{newest.name}: .*{victim.name}", lost=2 * EVERY, reached=job.steps())
 
 
-def no_shared_folder(bed: Bed) -> Found:
-    """Each host has a disk of its own; a rank of the other host is killed."""
-    bed.work = bed.all.disk / "apart"
-    for host in bed.nodes:
-        (host.disk / "apart").mkdir()
-    job = bed.train("--max-restarts", "2")
-    job.run = bed.main.disk / "apart/runs/r"
-    job.wait_step(AT)
-    job.signal_rank(1)
-    return again(bed, job, r"rank 1 .* failed first: SIGKILL")
-
-
-def folder_vanishes(bed: Bed) -> Found:
-    """The file system with the run folder is unmounted while ranks train."""
-    runs = bed.work / "runs"
-    runs.mkdir()
-    with bed.main.mounted("-t", "tmpfs", "-o", "mode=755", "tmpfs", str(runs)):
-        job = bed.train()
-        job.run = bed.main.seen(job.run)
-        job.wait_step(AT)
-        job.mark()
-        bed.main.unmount(runs)
-        return stopped(bed, job, r"No such file|vanished|is gone", (1, 2), within=30)
-
-
-def read_only(bed: Bed) -> Found:
-    runs = bed.work / "runs"
-    runs.mkdir()
-    with bed.last.mounted("-t", "tmpfs", "-o", "ro", "tmpfs", str(runs)):
-        job = bed.train()
-        job.mark()
-        return refused(bed, job, "the run folder cannot be written")
-
-
-def low_limits(bed: Bed) -> Found:
-    """256 open files and 1 MB of shared memory; falcon doctor tells, the run does not need more."""
-    bed.last.remount("size=1M", Path("/dev/shm"))
-    try:
-        seats = [] if bed.mode == "local" else ["--hosts", "node[1-2]"]
-        doctor = bed.main.run("prlimit", "--nofile=256:256", FALCON, "doctor", *seats, cwd=bed.work)
-        job = bed.launch([*bed.seats(), "--recipe", str(bed.inputs / "recipe.toml"), "--run-id", "r"], open_files=256)
-        found = unharmed(bed, job)
-    finally:
-        bed.last.remount("size=50%", Path("/dev/shm"))
-    lines = [line for line in doctor.stdout.splitlines() if "/dev/shm" in line]
-    return merge(replace(found, cause=" ".join(lines[:1])), [] if lines else ["falcon doctor does not tell"])
-
-
-def slow_disk(bed: Bed) -> Found:
-    """Every fsync of a checkpoint takes a second, and a hang is called one after three."""
-    library = build_library(SLOW_FSYNC, bed.work, "slow")
-    flags = ["--env", f"LD_PRELOAD={library}", "--set", "launch.hang_s=3", "--set", "checkpoint.every=30"]
-    return unharmed(bed, bed.train("--max-restarts", "1", *flags))
-
-
 def abandoned(bed: Bed, step: int) -> Job:
     """A run whose launcher was killed after this step."""
     job = bed.train()
@@ -167,6 +77,12 @@ def abandoned(bed: Bed, step: int) -> Job:
     os.kill(job.launcher(), signal.SIGKILL)
     wait_until(lambda: not bed.left(), END_S, "the end of all")
     return job
+
+
+def newest_of(job: Job) -> Path:
+    """The newest checkpoint of a run."""
+    root = job.run / "checkpoints"
+    return root / folder_name(max(committed_steps(root)))
 
 
 def resumed(bed: Bed, named: str, *, lost: int, reached: int) -> Found:
@@ -187,6 +103,14 @@ def resumed(bed: Bed, named: str, *, lost: int, reached: int) -> Found:
         exit_code=job.process.returncode,
         wrong=tuple(wrong),
     )
+
+
+def wait_for_save(job: Job, pattern: str) -> None:
+    """Looks without a pause: a save is short."""
+    root, deadline = job.run / "checkpoints", time.monotonic() + 60
+    while not list(root.glob(pattern)):
+        assert time.monotonic() < deadline, job.text()[-500:]
+        assert job.process.poll() is None, job.text()[-500:]
 
 
 def _spoil_embedding(model: Path) -> None:
@@ -220,11 +144,6 @@ def _retried(job: Job) -> list[str]:
 FAULTS = (
     Fault(number=9, name="NaN from one sample", local=not_finite, hosts=not_finite, quick=True),
     Fault(number=10, name="a bit of a weight flips in one rank's memory", local=weight_flipped, hosts=weight_flipped),
-    Fault(number=11, name="disk full in a save", local=disk_full, hosts=disk_full),
     Fault(number=12, name="rank 0 killed in a save", local=killed_in_a_save, hosts=killed_in_a_save, quick=True),
     Fault(number=13, name="checkpoint cut short / page of zeros", local=corrupted, hosts=corrupted),
-    Fault(number=23, name="run folder vanishes / is not shared", local=folder_vanishes, hosts=no_shared_folder),
-    Fault(number=24, name="run folder read-only", local=read_only, hosts=read_only, quick=True),
-    Fault(number=25, name="256 open files, 1 MB of /dev/shm", local=low_limits, hosts=low_limits),
-    Fault(number=32, name="each fsync of a save takes 1 s", local=slow_disk, hosts=slow_disk),
 )

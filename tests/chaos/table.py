@@ -23,7 +23,9 @@ class Found:
     """What a fault led to."""
 
     detected_s: float | None = None
-    """From the injection to the launcher's first word of it; None: it was to go unnoticed, or nothing was said."""
+    """From the injection, or the start of what finds it there, to the launcher's first word of it; None: it was to go
+    unnoticed, or nothing was said.
+    """
     cause: str = ""
     """The line that names it."""
     again_s: float | None = None
@@ -100,11 +102,30 @@ def markdown(lines: Sequence[Line], facts: Mapping[str, str], intro: str) -> str
 
 def newest(kept: Sequence[Mapping[str, Any]]) -> list[Line]:
     """Lines of several series of rows, the last of each row and mode, in order."""
-    lines = [
+    return sorted({(line.number, line.mode): line for line in _lines(kept)}.values(), key=_place)
+
+
+def repeated(kept: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the page says of rows that were run more than once: of each but its last result nothing else is seen."""
+    runs: dict[tuple[int, Mode], list[Line]] = {}
+    for line in sorted(_lines(kept), key=_place):
+        runs.setdefault((line.number, line.mode), []).append(line)
+    told = [
+        f"{number} {mode} {len(of_one)} times, {sum(not line.passed for line in of_one)} failed"
+        for (number, mode), of_one in runs.items()
+        if of_one[1:]
+    ]
+    return {"run more than once, the last result is shown": "; ".join(told)} if told else {}
+
+
+def _lines(kept: Sequence[Mapping[str, Any]]) -> list[Line]:
+    return [
         Line(**{**told, "found": Found(**{**told["found"], "wrong": tuple(told["found"]["wrong"])})}) for told in kept
     ]
-    last = {(line.number, line.mode): line for line in lines}
-    return sorted(last.values(), key=lambda line: (line.number, MODES.index(line.mode)))
+
+
+def _place(line: Line) -> tuple[int, int]:
+    return line.number, MODES.index(line.mode)
 
 
 def check_complete(faults: Sequence[Fault]) -> None:

@@ -2,7 +2,8 @@ import dataclasses
 import json
 
 import pytest
-from chaos.table import HEAD, Fault, Found, Line, check_complete, markdown, newest
+from chaos.soaked import Soaked
+from chaos.table import HEAD, Fault, Found, Line, check_complete, markdown, newest, repeated
 
 GOOD = Found(detected_s=0.04, cause="rank 1 died | badly", again_s=9.97, steps_lost=0, exit_code=0)
 
@@ -35,6 +36,8 @@ def test_series_of_rows_are_put_together():
     other = dataclasses.replace(line(), mode="hosts")
     kept = [json.loads(json.dumps(dataclasses.asdict(one))) for one in (other, line(), later)]
     assert newest(kept) == [later, other]
+    assert list(repeated(kept).values()) == ["1 local 2 times, 1 failed"]
+    assert repeated(kept[:2]) == {}
 
 
 def test_the_catalogue_has_every_row_once():
@@ -42,3 +45,44 @@ def test_the_catalogue_has_every_row_once():
     check_complete(faults)
     with pytest.raises(ValueError, match="1 to 33"):
         check_complete(faults[1:])
+
+
+SOAKED = Soaked(
+    asked_s=360.0,
+    took_s=400.0,
+    faults=2,
+    attempts=3,
+    steps_lost=0,
+    exit_codes=(0, 0),
+    left=0,
+    losses=(1.0, 1.0),
+    same_weights=True,
+    alarm="",
+    load=1.0,
+    goodput=0.5,
+)
+
+
+def test_a_soak_passes_where_nothing_is_wrong():
+    assert SOAKED.wrong() == []
+    assert SOAKED.told().endswith("goodput 0.5: passed")
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"exit_codes": (0, 1)}, "exit codes 0 and 1"),
+        ({"left": 1}, "1 processes or sockets left"),
+        ({"alarm": "node2: gone"}, "a false alarm in the undisturbed run: node2: gone"),
+        ({"faults": 0, "attempts": 1}, "0 faults only, not 1"),
+        ({"attempts": 4}, "4 attempts with 2 faults"),
+        ({"steps_lost": 1}, "1 steps lost where a survivor had them"),
+        ({"losses": (1.006, 1.0)}, "final losses differ by 0.600%"),
+        ({"losses": (float("nan"), 1.0)}, "final losses differ by nan%"),
+        ({"same_weights": False}, "other weights than those of the undisturbed run"),
+    ],
+)
+def test_a_soak_fails_for_each_thing_that_is_wrong(values, why):
+    soaked = dataclasses.replace(SOAKED, **values)
+    assert soaked.wrong() == [why]
+    assert soaked.told().endswith(f": failed: {why}")
