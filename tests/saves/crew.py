@@ -34,6 +34,11 @@ class Seat(NamedTuple):
     """For what it tells and its errors."""
 
 
+def went_on_after(step: int) -> str:
+    """The line by which a crew of ``keep_saving`` tells it."""
+    return f"went on after step {step}"
+
+
 def start_server() -> None:
     """Starts the process that ranks are forked from, unless it is there; it looks for modules where this one does."""
     _forks.set_forkserver_preload([PROGRAM])
@@ -112,9 +117,18 @@ class Crew:
         """One value of every event of a kind."""
         return [found[key] for found in self.events(rank) if found["event"] == event]
 
-    def errors(self) -> str:
-        """What all ranks wrote to stderr."""
-        files = (folder / ERRORS for folder in self.folders)
+    def running(self) -> bool:
+        """Whether all ranks run still; where one does not, all are to end well."""
+        if all(rank.exitcode is None for rank in self.ranks):
+            return True
+        self.wait(lambda: None not in [rank.exitcode for rank in self.ranks], "the others ended well")
+        codes = self.end()
+        assert not any(codes), f"{codes}: ended before they were killed\n{self.errors()}"
+        return False
+
+    def errors(self, *numbers: int) -> str:
+        """What ranks wrote to stderr, all where none is named."""
+        files = (self.folders[number] / ERRORS for number in numbers or range(len(self.folders)))
         return "\n".join(f"{file}:\n{file.read_text()[-3000:]}" for file in files if file.is_file())
 
 

@@ -13,6 +13,7 @@ class Ledger:
         self.title = title
         self._counts: Counter[tuple[str, str]] = Counter()
         self._facts: dict[str, object] = {}
+        self._lives: list[str] = []
 
     def count(self, what: str, where: str) -> None:
         self._counts[what, where] += 1
@@ -20,6 +21,10 @@ class Ledger:
     def fact(self, name: str, value: object) -> None:
         """A figure for the end."""
         self._facts[name] = value
+
+    def life(self, line: str) -> None:
+        """What one run went through."""
+        self._lives.append(line)
 
     @property
     def total(self) -> int:
@@ -37,7 +42,7 @@ class Ledger:
             table.append([row, *(str(self._counts[what, row] or "") for what in columns), str(self.met(row))])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [f"{self.title}: {self.total}", *(_line(row, widths) for row in table)]
-        return "\n".join([*lines, *(f"{name}: {value}" for name, value in self._facts.items())])
+        return "\n".join([*self._lives, *lines, *(f"{name}: {value}" for name, value in self._facts.items())])
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

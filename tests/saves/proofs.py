@@ -8,17 +8,19 @@ import json
 import os
 import random
 import shutil
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from launching import write_inputs
 from safetensors.torch import load_file
 
 from falcon_dist import checkpoint, tensor_file, train_state
-from falcon_dist.contract import EMERGENCY_SIGNAL
+from falcon_dist.contract import EMERGENCY_SIGNAL, EXIT_FAILED, PEER_IS_GONE
 from falcon_dist.settings import load
-from saves.crew import Crew, crew, run_once
+from saves.crew import Crew, crew, run_once, went_on_after
 from saves.ledger import Ledger
 
 SAVING_S = 0.5
@@ -27,6 +29,9 @@ WEIGHTS = ("model", "train_state/optimizer")
 STEPS, EVERY = 12, 2
 MOMENT_S = 0.05
 """About what a save of these runs takes."""
+MOST_TRIES = 10
+"""Of a run that is over before it was killed as is wanted."""
+NOT_SAVED = "emergency checkpoint: failed"
 PHASES = (
     "compared and copied",
     "folder made, no file yet",
@@ -54,22 +59,53 @@ def kill_savers(folder: Path, count: int) -> Ledger:
     ledger = Ledger("killed while checkpoints were written in the background")
     root, committed = folder / "run" / "checkpoints", 0
     for number in range(count):
-        world_size = chance.choice([1, 2, 2, 3])
+        world_size, name = chance.choice([1, 2, 2, 3]), f"seed {seed}, kill {number}"
         place = folder / f"crew-{number}"
         with crew("keep_saving", world_size, place, folder / "run", chance.randrange(1 << 30)) as ranks:
-            ranks.wait(lambda ranks=ranks: "train" in ranks.told("phase", "name"), "its first step")
+            ranks.wait(lambda ranks=ranks: all_train(ranks), "its first step")
             time.sleep(chance.uniform(0, SAVING_S))
+            assert ranks.running(), f"{name}: ranks that save without end have ended"
             who = kill_some(ranks, chance)
+        check_killed(ranks, name)
+        assert went_on_after(committed) in ranks.told("line", "text"), f"{name}: it did not go on after {committed}"
         told = max([committed, *ranks.told("checkpoint", "step")])
-        choice = checkpoint.newest_verified(root)
-        assert choice.refused == (), f"seed {seed}, kill {number}"
-        committed = choice.newest.step if choice.newest else 0
-        assert committed >= told, f"seed {seed}, kill {number}: step {told} was told as committed, {committed} is there"
+        committed = newest_step(root, told, name)
         ledger.count(who, phase_of_save(root, ranks, committed > told))
         shutil.rmtree(place)
     ledger.fact("checkpoints committed in between", committed)
     ledger.fact("SAVES_SEED", seed)
     return ledger
+
+
+def all_train(ranks: Crew) -> bool:
+    """Whether each of them has found out where it goes on, and is past that."""
+    return all("train" in ranks.told("phase", "name", rank) for rank in range(len(ranks.ranks)))
+
+
+def newest_step(root: Path, told: int, name: str) -> int:
+    """The step that the next attempt is to go on after: of the newest checkpoint, of which every byte verifies.
+
+    Args:
+        root: folder of checkpoints.
+        told: the newest step that ranks have told as committed.
+        name: of the run, for what is said of it.
+    """
+    choice = checkpoint.newest_verified(root, with_state=True)
+    assert choice.refused == (), name
+    step = choice.newest.step if choice.newest else 0
+    assert step >= told, f"{name}: step {told} was told as committed, {step} is there"
+    return step
+
+
+def check_killed(ranks: Crew, name: str) -> None:
+    """Nobody may have ended of itself, but for those that lost a peer that was killed before them."""
+    codes = ranks.end()
+    assert -signal.SIGKILL in codes, f"{name}: {codes}, nobody was killed"
+    for number, code in enumerate(codes):
+        said = ranks.errors(number)
+        lost = code == EXIT_FAILED and any(sign in said for sign in PEER_IS_GONE) and NOT_SAVED not in said
+        through = code == 0 and ranks.told("step", "step", number)[-1:] == [STEPS]
+        assert code == -signal.SIGKILL or lost or through, f"{name}: {codes}, rank {number} failed\n{ranks.errors()}"
 
 
 def kill_some(ranks: Crew, chance: random.Random) -> str:
@@ -133,53 +169,122 @@ def final_weights(run: Path) -> Mapping[str, str]:
     return found
 
 
+class Usual(NamedTuple):
+    """A run that nothing happens to."""
+
+    world_size: int
+    weights: Mapping[str, str]
+    start_s: float
+    train_s: float
+    """From when it begins to train to its end."""
+
+
+class Attempt(NamedTuple):
+    """What became of one attempt of a run."""
+
+    after: int
+    """The step it went on after."""
+    steps: int
+    """How many it made."""
+    killed: bool
+
+    def __str__(self) -> str:
+        return f"after {self.after} {'killed at' if self.killed else 'to'} {self.after + self.steps}"
+
+
 def kill_and_resume(folder: Path, prepared: Path, count: int, worlds: tuple[int, ...] = (2, 1, 3)) -> Ledger:
-    """Runs that are killed one to three times at any moment and resumed; their last weights are to be those of a run
-    that nothing happened to."""
+    """Runs that are killed at any moment and resumed, at least two attempts of each in training; every attempt is to go
+    on after the newest checkpoint, and the last weights are to be those of a run that nothing happened to."""
     seed, chance = seeded()
     ledger = Ledger("kills of runs that were resumed")
-    undisturbed = {}
+    usual: dict[int, Usual] = {}
     for number in range(count):
-        world_size = worlds[number % len(worlds)]
-        if world_size not in undisturbed:
-            undisturbed[world_size] = undisturbed_run(folder, prepared, world_size)
-        weights, usual_s = undisturbed[world_size]
-        run = copy_run(prepared, folder / f"run-{number}")
-        for attempt in range(1, 1 + chance.randint(1, 3)):
-            with crew("train_rank", world_size, run / f"attempt_{attempt}", run, attempt > 1) as ranks:
-                wait_for_some_moment(ranks, chance, usual_s)
-                ledger.count(kill_in_training(ranks, chance), phase_of_run(ranks, run))
-        with crew("train_rank", world_size, run / "last", run, True) as ranks:
-            assert ranks.end() == [0] * world_size, ranks.errors()
-        assert final_weights(run) == weights, f"seed {seed}, run {number} of {world_size} ranks has other weights"
-        shutil.rmtree(run)
+        world_size, name = worlds[number % len(worlds)], f"seed {seed}, run {number}"
+        if world_size not in usual:
+            usual[world_size] = undisturbed_run(folder, prepared, world_size)
+        for more in reversed(range(MOST_TRIES)):
+            run = copy_run(prepared, folder / f"run-{number}")
+            attempts = killed_run(run, usual[world_size], chance, ledger, name)
+            assert final_weights(run) == usual[world_size].weights, f"{name} of {world_size} ranks has other weights"
+            shutil.rmtree(run)
+            if sum(attempt.steps > 0 for attempt in attempts) > 1:
+                break
+            assert more, f"{name}: {MOST_TRIES} times over before it was killed in training"
     ledger.fact("resumed to the weights of an undisturbed run", f"{count} of {count} runs, 1 to 3 ranks")
     ledger.fact("SAVES_SEED", seed)
     return ledger
 
 
-def undisturbed_run(folder: Path, prepared: Path, world_size: int) -> tuple[Mapping[str, str], float]:
+def killed_run(run: Path, usual: Usual, chance: random.Random, ledger: Ledger, name: str) -> list[Attempt]:
+    """All attempts of one run: killed one to three times, then until that met an attempt in training, then left."""
+    world_size, wanted, told = usual.world_size, chance.randint(1, 3), 0
+    attempts: list[Attempt] = []
+    while not attempts or attempts[-1].killed:
+        after, more, who = newest_step(run / "checkpoints", told, name), len(attempts) < wanted, None
+        with crew("train_rank", world_size, run / f"attempt_{len(attempts) + 1}", run, bool(attempts)) as ranks:
+            if after < STEPS and (more or not any(attempt.steps for attempt in attempts)):
+                wait_for_some_moment(ranks, chance, usual, after, any_time=more)
+                who = kill_unless_over(ranks, chance, name)
+            codes = ranks.end()
+            assert who or not any(codes), f"{name}: {codes}\n{ranks.errors()}"
+        attempts.append(Attempt(after, steps_made(ranks, after, name), bool(who)))
+        if who:
+            ledger.count(who, phase_of_run(ranks, run))
+        told = max([told, *(step for rank in range(world_size) for step in ranks.told("checkpoint", "step", rank))])
+    last = attempts[-1]
+    assert last.after + last.steps == STEPS, f"{name}: over after step {last.after + last.steps}"
+    ledger.life(f"{name}, {world_size} ranks: {'; '.join(map(str, attempts))}")
+    return attempts
+
+
+def steps_made(ranks: Crew, after: int, name: str) -> int:
+    """How many an attempt made: on every rank one after the other, from where its checkpoint ends."""
+    told = [ranks.told("step", "step", rank) for rank in range(len(ranks.ranks))]
+    for steps in told:
+        whole = list(range(after + 1, after + 1 + len(steps)))
+        assert steps == whole, f"{name}: the newest checkpoint was of step {after}, then came steps {steps}"
+    return max(map(len, told))
+
+
+def undisturbed_run(folder: Path, prepared: Path, world_size: int) -> Usual:
     """Weights and seconds of a run that nothing happens to."""
     run = copy_run(prepared, folder / f"undisturbed-{world_size}")
     began = time.monotonic()
     with crew("train_rank", world_size, run / "attempt_1", run, False) as ranks:
+        ranks.wait(lambda: all_train(ranks), "its first step")
+        trains = time.monotonic()
         assert ranks.end() == [0] * world_size, ranks.errors()
-    return final_weights(run), time.monotonic() - began
+    return Usual(world_size, final_weights(run), trains - began, time.monotonic() - trains)
 
 
-def wait_for_some_moment(ranks: Crew, chance: random.Random, usual_s: float) -> None:
-    """Any time of a run, or just after any of its steps or of its saves has begun; or its end, if that comes first."""
-    kind = chance.choice(["time", "step", "save"])
+def wait_for_some_moment(ranks: Crew, chance: random.Random, usual: Usual, after: int, *, any_time: bool) -> None:
+    """Just after any step or save of those that are left has begun, or any time; or the end, if that comes first."""
+    kind = chance.choice(["step", "save", "time"] if any_time else ["step", "save"])
     if kind == "time":
-        time.sleep(chance.uniform(0, usual_s))
-        return
-    wanted = chance.randint(1, STEPS if kind == "step" else STEPS // EVERY)
-    while all(rank.exitcode is None for rank in ranks.ranks):
-        begun = len(ranks.told("step", "step")) if kind == "step" else ranks.told("phase", "name").count("save")
-        if begun >= wanted:
-            break
+        wanted = chance.uniform(0, usual.start_s + usual.train_s * (STEPS - after) / STEPS)
+    else:
+        wanted = chance.randint(1, STEPS - after if kind == "step" else STEPS // EVERY - after // EVERY)
+    began = time.monotonic()
+    so_far: Mapping[str, Callable[[], float]] = {
+        "time": lambda: time.monotonic() - began,
+        "step": lambda: len(ranks.told("step", "step")),
+        "save": lambda: ranks.told("phase", "name").count("save"),
+    }
+    while so_far[kind]() < wanted and all(rank.exitcode is None for rank in ranks.ranks):
         time.sleep(0.002)
-    time.sleep(chance.uniform(0, MOMENT_S))
+    if kind != "time":
+        time.sleep(chance.uniform(0, MOMENT_S))
+
+
+def kill_unless_over(ranks: Crew, chance: random.Random, name: str) -> str | None:
+    """As ``kill_in_training``; None where all had ended well before anyone was killed."""
+    if not ranks.running():
+        return None
+    who = kill_in_training(ranks, chance)
+    if not any(ranks.end()):
+        return None
+    check_killed(ranks, name)
+    return who
 
 
 def kill_in_training(ranks: Crew, chance: random.Random) -> str:

@@ -31,7 +31,7 @@ from falcon_dist.team import gather
 from falcon_dist.train import train
 from falcon_dist.train_state import Kept
 from falcon_dist.world import World
-from saves.crew import ERRORS, EVENTS, Seat
+from saves.crew import ERRORS, EVENTS, Seat, went_on_after
 
 # A thread pool that was started here would be missing in every process that is forked.
 torch.set_num_threads(1)
@@ -102,6 +102,7 @@ def keep_saving(env: Mapping[str, str], root: Path, seed: int) -> None:
         team = gather(board, world, run.checkpoints)
         saver = bare_saver(run, team)
         start = go_on(run, team, saver)
+        run.reporter.line(went_on_after(start))
         with run.reporter.phase("train"):
             for step in itertools.count(start + 1):
                 fill(saver.optimizer, live(saver), step)
