@@ -72,7 +72,9 @@ test-containers: $(READY)
 	$(BIN)/python -m pytest tests/containers
 
 # Kills at random moments of random parts of runs over such hosts: 950 with plain ranks, 50 while training.
+test-kills: export XDG_CACHE_HOME := $(CURDIR)/.cache/tests
 test-kills: $(READY)
+	$(BIN)/python -m falcon_dist.ccl build
 	$(BIN)/python -m pytest tests/cluster/test_kills.py -m slow
 
 # 500 kills at random moments of saving, 50 runs killed and resumed to the same weights, 200 flipped bits in every file of

@@ -3,7 +3,8 @@
     python benchmarks/curves.py FOLDER [--steps 300] [--tokens 128] [--svg docs/curves.svg] [--only NAME ...]
 
 Every run is falcon-launch with the demo recipe on two ranks, the same rows in the same order. A run that is already
-in FOLDER is not done again, and must be as long, with rows as long. Judged is the held-out loss at the end: within 1 % of fp32's, full-lowmem's within 3 %.
+in FOLDER is not done again, and must be as long, with rows as long. Judged is the held-out loss at the end: within 1 %
+of fp32's, full-lowmem's within 3 %.
 """
 
 from __future__ import annotations
