@@ -30,7 +30,7 @@ STEPS, EVERY = 12, 2
 MOMENT_S = 0.05
 """About what a save of these runs takes."""
 MOST_TRIES = 10
-"""Of a run that is over before it was killed as is wanted."""
+"""Of a run that is over before anything was trained from a checkpoint."""
 NOT_SAVED = "emergency checkpoint: failed"
 PHASES = (
     "compared and copied",
@@ -193,8 +193,8 @@ class Attempt(NamedTuple):
 
 
 def kill_and_resume(folder: Path, prepared: Path, count: int, worlds: tuple[int, ...] = (2, 1, 3)) -> Ledger:
-    """Runs that are killed at any moment and resumed, at least two attempts of each in training; every attempt is to go
-    on after the newest checkpoint, and the last weights are to be those of a run that nothing happened to."""
+    """Runs that are killed at any moment and resumed, each at least once from a checkpoint with steps left. Each
+    attempt is to go on after the newest one, and the last weights are to be those of a run that nothing happened to."""
     seed, chance = seeded()
     ledger = Ledger("kills of runs that were resumed")
     usual: dict[int, Usual] = {}
@@ -207,22 +207,22 @@ def kill_and_resume(folder: Path, prepared: Path, count: int, worlds: tuple[int,
             attempts = killed_run(run, usual[world_size], chance, ledger, name)
             assert final_weights(run) == usual[world_size].weights, f"{name} of {world_size} ranks has other weights"
             shutil.rmtree(run)
-            if sum(attempt.steps > 0 for attempt in attempts) > 1:
+            if any(attempt.after and attempt.steps for attempt in attempts):
                 break
-            assert more, f"{name}: {MOST_TRIES} times over before it was killed in training"
+            assert more, f"{name}: {MOST_TRIES} times over, and never trained on from a checkpoint"
     ledger.fact("resumed to the weights of an undisturbed run", f"{count} of {count} runs, 1 to 3 ranks")
     ledger.fact("SAVES_SEED", seed)
     return ledger
 
 
 def killed_run(run: Path, usual: Usual, chance: random.Random, ledger: Ledger, name: str) -> list[Attempt]:
-    """All attempts of one run: killed one to three times, then until that met an attempt in training, then left."""
+    """All attempts of one run: killed one to three times, and until there is a checkpoint, then left."""
     world_size, wanted, told = usual.world_size, chance.randint(1, 3), 0
     attempts: list[Attempt] = []
     while not attempts or attempts[-1].killed:
         after, more, who = newest_step(run / "checkpoints", told, name), len(attempts) < wanted, None
         with crew("train_rank", world_size, run / f"attempt_{len(attempts) + 1}", run, bool(attempts)) as ranks:
-            if after < STEPS and (more or not any(attempt.steps for attempt in attempts)):
+            if after < STEPS and (more or not after):
                 wait_for_some_moment(ranks, chance, usual, after, any_time=more)
                 who = kill_unless_over(ranks, chance, name)
             codes = ranks.end()
