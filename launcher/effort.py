@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,8 +26,9 @@ def _own_s(pid: int) -> float:
 
 
 def _children(pid: int) -> list[int]:
-    """Of its main thread, which starts processes; none where the kernel does not tell."""
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+    """Of each of its threads; none where the kernel does not tell."""
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # this thread has ended
+            found += map(int, file.read_text().split())
+    return found

@@ -72,7 +72,10 @@ def test_ranks_that_load_are_watched_too_unless_nothing_is_ever_due():
 
 def test_processor_time_is_that_of_all_that_was_started():
     busy = "import time\nwhile time.process_time() < 0.5: pass\n"
-    nested = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {busy!r}])\ntime.sleep(60)"
+    start = f"subprocess.run([sys.executable, '-c', {busy!r}])"
+    nested = (
+        f"import subprocess, sys, threading, time\nthreading.Thread(target=lambda: {start}).start()\ntime.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", nested]) as process:
         try:
             deadline = time.monotonic() + 20
