@@ -39,6 +39,8 @@ MEASURED: Final = "measured.json"
 FEWEST_SAVES: Final = 4
 LOADS: Final = 5
 CHUNK: Final = 8 << 20
+FEW: Final = 0.05
+"""The share of what was dropped from the page cache that may be found there."""
 STEP_S: Final = 60.0
 """More than a step takes anywhere."""
 STALL_TARGET, SLOWER_TARGET, LOAD_TARGET = 1.5, 0.05, 1.0
@@ -158,7 +160,7 @@ def load(folder: Path) -> int:
     kept = train_state.Kept(weights=weights, optimizer={}, steps=0, describe=id)
     total = sum(file.stat().st_size for file in newest.path.rglob("*") if file.is_file())
     times = [timed_load(newest.path, kept, total) for _ in range(LOADS)]
-    dropped = drop(newest.path)
+    dropped = drop(newest.path) < FEW
     disk = timed_load(newest.path, kept, total)
     print(json.dumps({"bytes": total, "cached": times, "disk": disk, "dropped": dropped}))
     return 0
@@ -184,18 +186,21 @@ def timed_load(path: Path, kept: Kept, total: int) -> Mapping[str, float]:
     return {"new": began - asked, "verify": verified - began, "load": loaded - began, "hash": ended - loaded}
 
 
-def drop(path: Path) -> bool:
-    """Drops a checkpoint's files from the page cache; False where some of them stay, as in a file system of memory."""
-    stay = False
+def drop(path: Path) -> float:
+    """Drops a checkpoint's files from the page cache; the share of places in them that is there all the same.
+
+    Looking at a place lets the kernel read ahead, so that on a busy machine a few may be.
+    """
+    there = []
     for file in (file for file in path.rglob("*") if file.is_file()):
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            stay |= _may_be_cached(descriptor, file.stat().st_size // 2)
+            there += [_may_be_cached(descriptor, at) for at in range(0, file.stat().st_size, CHUNK)]
         finally:
             os.close(descriptor)
-    return not stay
+    return statistics.mean(there)
 
 
 def _may_be_cached(descriptor: int, at: int) -> bool:
