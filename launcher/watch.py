@@ -52,9 +52,10 @@ class Watch:
 
     def heard(self, node_rank: int, used_s: float | None, now: float) -> None:
         """A word of an agent; with ``used_s`` it only says how much processor time its processes have used."""
-        if used_s is None or abs(used_s - self._used_s.get(node_rank, 0.0)) >= SIGN_S:
+        if used_s is None:
             self._sign_at = now
-            self._used_s[node_rank] = self._used_s.get(node_rank, 0.0) if used_s is None else used_s
+        elif abs(used_s - self._used_s.get(node_rank, 0.0)) >= SIGN_S:  # less: what was counted has ended
+            self._sign_at, self._used_s[node_rank] = now, used_s
 
     def entered(self, rank: int, phase: str, now: float) -> None:
         """A rank has begun with something else."""

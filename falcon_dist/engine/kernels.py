@@ -53,7 +53,7 @@ def loaded() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as fault:
         said = getattr(fault, "stderr", None) or str(fault)
         reason = next(iter(said.splitlines()), type(fault).__name__)
-        _log.warning("training is slower here, for its kernels cannot be compiled: %s", reason)
+        _log.warning("training is slower here, for its kernels cannot be compiled or loaded: %s", reason)
         return None
 
 
