@@ -21,7 +21,7 @@ from falcon_dist.engine.attention import SEGMENTS, register
 from falcon_dist.engine.form import TrainingForm, choose
 from falcon_dist.engine.peak import step_flops
 from falcon_dist.learning_rate import make_scheduler
-from falcon_dist.loop import PackedTrainer, RowCollator, row_stream, trainer_settings
+from falcon_dist.loop import PackedTrainer, RowCollator
 from falcon_dist.masking import Masking
 from falcon_dist.order import Schedule, plan_schedule
 from falcon_dist.rows import Part
@@ -29,6 +29,7 @@ from falcon_dist.soundness import Soundness
 from falcon_dist.step_clock import StepClock
 from falcon_dist.strategy.choice import make_strategy
 from falcon_dist.strategy.lora import ATTENTION_LAYERS
+from falcon_dist.trainer_settings import row_stream, trainer_settings
 from falcon_dist.world import World
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}

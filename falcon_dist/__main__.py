@@ -99,7 +99,7 @@ def _prepare(words: list[str]) -> int:
         prog="falcon prepare", description="Packs the rows of a recipe for its runs to find."
     )
     parser.add_argument("--config", required=True, metavar="RUN|RECIPE", help="a run folder or a recipe's name or file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as falcon-launch takes it")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a training setting")
     parser.add_argument(
         "--run-dir", type=Path, help="for prepared.json (default: the run's folder; a recipe needs none)"
     )

@@ -99,8 +99,11 @@ def _take_part(told: dict[str, Told], rank: int, job: Job, team: Team) -> None:
 
 
 def _contribute(job: Job, team: Team) -> None:
-    folder = job.root / team.hear(str(job.step), "folder")
-    told = train_state.write_shards(folder, job.shards, job.tensors)
+    name = str(team.hear(str(job.step), "folder"))
+    # Whoever reaches the store can write there: nobody is led out of the run's folder.
+    if Path(name).name != name or not name.startswith(checkpoint.folder_name(job.step)):
+        raise SaveError(f'"{name}" is no folder for the save of step {job.step}')
+    told = train_state.write_shards(job.root / name, job.shards, job.tensors)
     team.tell(str(job.step), f"part-{team.rank}", {name: list(one) for name, one in told.items()})
 
 

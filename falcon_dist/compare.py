@@ -110,6 +110,8 @@ def compare(argv: Sequence[str]) -> int:
             f'falcon compare: nothing to compare on: "{args.tuned}" is of no run with held-out rows; '
             "give --data or --prompt"
         )
+    if len(part) and not part.learns():
+        raise UserError(f'--rows: no token of the first rows carries loss: "{args.rows}"; give a higher number')
     with open_group(World(), {}):
         base, tuned = (_side(model, args, part, prompts, config.data.template) for model in models)
     found = Comparison(

@@ -42,8 +42,8 @@ class ModelConfig:
     revision: str | None = None
     """Commit of a hub model."""
     attention: Attention = "auto"
-    """How attention is computed while training. segments: the fused kernel inside each packed sample, no mask; sdpa or
-    eager: transformers' own with a mask over the row; auto: the first of these that the model has."""
+    """How attention is computed while training. segments: fused kernel or batched products inside each packed sample,
+    no mask; sdpa or eager: transformers' own with a mask over the row; auto: the first of these that the model has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +121,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), its schedule and clipping."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101; full-lowmem: Adafactor), its schedule and clipping."""
 
     lr: float = 2e-5
     schedule: Schedule = "linear"

@@ -57,7 +57,7 @@ PEER_IS_GONE: Final = (
     *("connection was closed", "recvValue failed", "Socket Timeout", "Timed out waiting", "peer is gone"),
     *("Failed to recv, got 0 bytes", "Failed to send, sent 0 bytes"),
 )
-"""What torch, gloo and oneCCL say in a rank whose peer has died; the last is ccl/src/executor.cpp's."""
+"""What torch, gloo and oneCCL say in a rank whose peer has died; "peer is gone" is ccl/src/executor.cpp's."""
 
 PREPARING_FAULT: Final = "preparing from node 0: "
 """How the line begins that tells why what node 0 has prepared did not arrive, on either side."""
@@ -146,7 +146,7 @@ class RankResult:
 #   {"event": "checkpoint", "path": "...", "step": 3}    committed (rank 0); with "emergency": true by whichever
 #                                                         rank was asked for it
 #   {"event": "takes", "signal": "stacks"}               from now on STACKS_SIGNAL is understood; "save" likewise
-#                                                         for EMERGENCY_SIGNAL (whole replicas only). A rank that did
-#                                                         not say so is never sent that signal
+#                                                         for EMERGENCY_SIGNAL (whole replicas only), "stop" for
+#                                                         STOP_SIGNAL. A rank that did not say so is never sent that
+#                                                         signal
 #   {"event": "summary", "lines": ["..."]}               the closing text (rank 0)
-EVENT_NAMES: Final = ("bound", "phase", "line", "step", "checkpoint", "takes", "summary")

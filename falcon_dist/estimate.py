@@ -28,7 +28,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="falcon estimate", description=__doc__, allow_abbrev=False)
     flag = parser.add_argument
     flag("run", nargs="?", help="a recipe, a run folder or its config.json (demo, unless --set names model or data)")
-    flag("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="as falcon-launch takes it")
+    flag("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="a training setting")
     ranks = "ranks of a host (1; falcon-launch starts one for each NUMA node unless told)"
     flag("--nproc-per-node", type=int, default=1, metavar="N", help=ranks)
     flag("--nnodes", type=int, default=1, metavar="N", help="hosts (1)")

@@ -30,7 +30,7 @@ ADAPTERS: Final = ("base_weights", "lora_rank", "lora_alpha", "lora_targets")
 """Of strategy lora: what adapters stand beside, and how; their checkpoints do not hold it."""
 TOLD_ONLY: Final = ("code", "software")
 """A run may go on with newer versions of this project and what it stands on; that is said."""
-OPTIM: Final = "optim."
+CHANGED: Final = ("optim.", "lora.dropout")
 """Settings that a person may change on the way; that is said, too."""
 SOFTWARE: Final = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed")
 """Whose versions decide what a step computes."""
@@ -78,6 +78,11 @@ def software() -> str:
     """ "torch 2.13.0, transformers 5.23.0, ..." of what is installed."""
     found = {name: metadata.version(name) for name in SOFTWARE if importlib.util.find_spec(name)}
     return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def unshared(model: str, config: TrainConfig) -> dict[str, str]:
+    """What hosts have to agree on besides, where no rank is sent rank 0's weights before the first step."""
+    return {"base_weights": _fingerprint(base_of(model), config.model)} if config.strategy == "full-lowmem" else {}
 
 
 def adapters_identity(model: str, config: TrainConfig) -> dict[str, str]:

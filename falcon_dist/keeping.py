@@ -74,9 +74,9 @@ def settle(
     there = [old for old in committed_steps(root) if old <= step and old not in refused]
     best = best_kept(there, points, min_gain)
     if config.keep_best and best is not None:
-        point(root / BEST, root / checkpoint.folder_name(best))
+        point(root / BEST, root / checkpoint.folder_name(best), "checkpoint.keep_best")
     if config.links is not None:
-        point(Path(config.links) / f"checkpoint-{step}", path)
+        point(Path(config.links) / f"checkpoint-{step}", path, "checkpoint.links")
     rotate(root, there, config, best)
     if config.links is not None:
         drop_dead_links(Path(config.links))
@@ -116,14 +116,14 @@ def _newest_with_state(root: Path, there: Sequence[int]) -> int | None:
     return None
 
 
-def point(link: Path, target: Path) -> None:
-    """Makes ``link`` point at ``target`` in one step, in the place of an older link.
+def point(link: Path, target: Path, key: str) -> None:
+    """Makes ``link`` point at ``target`` in one step, in the place of an older link; ``key`` is the setting that asks.
 
     Raises:
         UserError: something that is no link is in the way.
     """
     if link.exists() and not link.is_symlink():
-        raise UserError(f'checkpoint.links: "{link}" is in the way and no link; move it')
+        raise UserError(f'{key}: "{link}" is in the way and no link; move it')
     link.parent.mkdir(parents=True, exist_ok=True)
     partial = link.with_name(f".{link.name}.{os.getpid()}")
     partial.unlink(missing_ok=True)

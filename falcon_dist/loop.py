@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from falcon_dist.config import TrainConfig
+from falcon_dist.engine.adafactor import Adafactor
 from falcon_dist.engine.adamw import MasterAdamW
 from falcon_dist.engine.form import TrainingForm
 from falcon_dist.engine.peak import Gauge
@@ -42,7 +41,11 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
     def __init__(
         self, *, form: TrainingForm, clock: StepClock, soundness: Soundness, optimizers: Optimizers, **kwargs: Any
     ) -> None:
+        declared = kwargs["model"].config.get_text_config()
+        of_experts = getattr(declared, "router_aux_loss_coef", None)
         super().__init__(optimizers=optimizers, **kwargs)
+        if of_experts is not None:  # TRL writes what it was told over it, and a checkpoint would keep that
+            declared.router_aux_loss_coef = of_experts
         self._given = optimizers
         self.form = form
         self._clock = clock
@@ -106,6 +109,12 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         self._soundness.check_norm(float(norm), self._replay)
         return norm
 
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> float | torch.Tensor:
+        """Of gradients that are gone by now: what their optimizer has added up."""
+        if isinstance(optimizer := self._given[0], Adafactor):
+            return optimizer.norm
+        return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-any-return]
+
     def _replay(self) -> bool:
         """This step's gradients again, of this rank alone: are they finite?"""
         trained = [param for param in self.model.parameters() if param.requires_grad]
@@ -135,48 +144,6 @@ class RowCollator:
         """The oldest ``count`` rows not yet taken; later ones were fetched ahead of their step."""
         taken, self._given = self._given[:count], self._given[count:]
         return taken
-
-
-def row_stream(schedule: Schedule, start: int) -> Dataset:
-    """The numbers of all rows from step ``start`` on, in training order: what SFTTrainer walks through."""
-    steps = range(start, schedule.total_steps)
-    return Dataset.from_dict({"row": [row for step in steps for row in schedule.rows_of_step(step)]})
-
-
-def trainer_settings(
-    config: TrainConfig, schedule: Schedule, start: int, output_dir: str, **of_strategy: Any
-) -> SFTConfig:
-    """SFTConfig for rows that are ready as they are; what it would save, log or shuffle itself is turned off."""
-    settings = {
-        "output_dir": output_dir,
-        "run_name": Path(output_dir).name,
-        "use_cpu": True,
-        "bf16": config.precision == "bf16-autocast",
-        "per_device_train_batch_size": config.loop.micro_batch,
-        "gradient_accumulation_steps": schedule.grad_accum,
-        "max_steps": schedule.total_steps - start,
-        "max_grad_norm": config.optim.max_grad_norm or math.inf,  # without a bound the norm is still looked at
-        "gradient_checkpointing": config.loop.grad_checkpointing,
-        "train_sampling_strategy": "sequential",
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "remove_unused_columns": False,
-        "max_length": None,
-        "packing": False,
-        "seed": config.seed,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        # Without it DDP orders its buckets anew after its first step, and with them the sums over three ranks or more:
-        # a resumed run would have other bits than one that was never stopped. Two ranks' sums have one order only.
-        "ddp_find_unused_parameters": schedule.world_size > 2,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the other kind does not go with it
-        "ddp_broadcast_buffers": False,  # they are constants; sending them would make every rank wait for rank 0
-        "dataloader_pin_memory": False,
-    }
-    return SFTConfig(**{**settings, **of_strategy})
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]

@@ -84,7 +84,7 @@ class Reporter:
                 self._send({"event": "phase", "name": self._inside[-1]})
 
     def takes(self, request: str) -> None:
-        """From now on this rank understands the signal of a request: "stacks" or "save"."""
+        """From now on this rank understands the signal of a request: "stacks", "save" or "stop"."""
         self._send({"event": "takes", "signal": request})
 
     def line(self, text: str) -> None:

@@ -23,13 +23,17 @@ class Spent(NamedTuple):
 
 
 class Pace(TrainerCallback):  # type: ignore[misc]
-    """Knows the last step's ``spent``; None where a strategy sums gradients in a way of its own."""
+    """Knows the last step's ``spent``; None where gradients are summed or weights changed within backward.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    Args:
+        model: whose gradients are watched; None for strategies that do so.
+    """
+
+    def __init__(self, model: torch.nn.Module | None) -> None:
         self._began: float | None = None
         self._own_work_done: float | None = None
         self._summed: float | None = None
-        for parameter in model.parameters():
+        for parameter in model.parameters() if model is not None else ():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
 

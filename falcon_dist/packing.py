@@ -10,7 +10,7 @@ import bisect
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,7 @@ class Tally:
     cut_tokens: int = 0
     """Tokens for which there was no room."""
     loss_tokens: int = 0
+    """Tokens that are learned: those that begin a record's run in a row are not, whatever they carry."""
     silent_rows: int = 0
     """Rows in which no token carries loss."""
 
@@ -91,8 +92,9 @@ class Packer:
             row = _row(parts, self._length, self._pad)
             self.tally.rows += 1
             self.tally.padding_tokens += self._length - sum(len(part.tokens) for part in parts)
-            self.tally.loss_tokens += int(row.mask.sum())
-            self.tally.silent_rows += not row.mask.any()
+            learned = int(learned_of(row.records, row.mask).sum())
+            self.tally.loss_tokens += learned
+            self.tally.silent_rows += not learned
             yield row
 
 
@@ -232,6 +234,16 @@ def _cut(sample: Sample, at: int) -> tuple[Sample, Sample]:
     head = Sample(record=sample.record, tokens=sample.tokens[:at], mask=sample.mask[:at])
     tail = Sample(record=sample.record, tokens=sample.tokens[at:], mask=sample.mask[at:])
     return head, tail
+
+
+def learned_of(records: npt.NDArray[Any], mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """[..., T] of whose record and with what loss -> which tokens are learned: those with loss after one of the same
+    record, for nothing before a border may predict what comes after it.
+    """
+    learned = mask.astype(bool)
+    learned[..., 1:] &= records[..., 1:] == records[..., :-1]
+    learned[..., 0] = False
+    return learned
 
 
 def _row(parts: list[Sample], length: int, pad: int) -> Row:

@@ -33,7 +33,7 @@ def read_file(path: Path, text_by: TextBy) -> Iterator[Item]:
         UserError: the format is not known, or the file as a whole is not of its format.
     """
     if kind_of(path) not in READERS:
-        raise UserError(f'data.name: no reader for "{path}"; known: {", ".join(READERS)}, each also as .gz')
+        raise UserError(f"{path}: no format that can be read; known: {', '.join(READERS)}, each also as .gz")
     try:
         yield from READERS[kind_of(path)](path, text_by)
     except UnicodeDecodeError as error:

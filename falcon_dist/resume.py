@@ -163,7 +163,7 @@ def _check_same_run(run: Run, chosen: checkpoint.Checkpoint) -> None:
     if odd := identity.differences(chosen.facts, now, identity.TOLD_ONLY):
         for line in (f"{chosen.path.name} was saved by another version:", *identity.table(odd)):
             run.reporter.line(line)
-    if odd := identity.differences(chosen.facts, now, [key for key in now if key.startswith(identity.OPTIM)]):
+    if odd := identity.differences(chosen.facts, now, [key for key in now if key.startswith(identity.CHANGED)]):
         for line in ("with other settings from here on:", *identity.table(odd)):
             run.reporter.line(line)
     if missing := identity.unknown(chosen.facts, now):

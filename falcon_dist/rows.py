@@ -22,7 +22,7 @@ import torch
 
 from falcon_dist.contract import UserError
 from falcon_dist.durable import synchronise
-from falcon_dist.packing import NO_RECORD, Row
+from falcon_dist.packing import NO_RECORD, Row, learned_of
 
 MANIFEST: Final = "manifest.json"
 ARRAYS: Final[Mapping[str, str]] = {"tokens": "<i4", "records": "<i4", "mask": "|u1"}
@@ -46,17 +46,14 @@ class Part:
     def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """Rows by number -> input_ids, records, labels, each [B, T] int64; a negative number is a row of nothing.
 
-        A label is the token itself, IGNORED where it carries no loss or begins a record's run: nothing
-        before a border may predict what comes after it.
+        A label is the token itself, IGNORED where it is not learned.
         """
         picked = np.asarray(rows)
         tokens, records = self.tokens[picked].astype(np.int64), self.records[picked].astype(np.int64)
-        carries = self.mask[picked].astype(bool)
-        carries[:, 1:] &= records[:, 1:] == records[:, :-1]
-        carries[:, 0] = False
-        carries[picked < 0] = False
+        learned = learned_of(records, self.mask[picked])
+        learned[picked < 0] = False
         records[picked < 0] = NO_RECORD
-        labels = np.where(carries, tokens, IGNORED)
+        labels = np.where(learned, tokens, IGNORED)
         return {
             "input_ids": torch.from_numpy(tokens),
             "records": torch.from_numpy(records),
@@ -66,6 +63,10 @@ class Part:
     def first(self, count: int) -> Part:
         """Its first rows, all where it has no more."""
         return Part(self.tokens[:count], self.records[:count], self.mask[:count])
+
+    def learns(self) -> bool:
+        """Whether any token of it is learned."""
+        return bool(learned_of(self.records, self.mask).any())
 
     def count_tokens(self, rows: list[int]) -> int:
         """Tokens in these rows, padding left out."""

@@ -59,7 +59,7 @@ def _from_source(source: str) -> dict[str, Value]:
         raise UserError(f'no such run or recipe: "{source}"; known recipes: {known}') from error
     except ValueError as error:
         raise UserError(f"{recipe}: not TOML: {error}") from error
-    return {key: value for key, value in values.items() if not key.startswith("launch.")}
+    return {key: value for key, value in values.items() if not key.startswith(("launch.", "slurm."))}
 
 
 def _from_json(path: Path) -> dict[str, Value]:

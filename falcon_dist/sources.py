@@ -6,13 +6,22 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from falcon_dist.config import DataConfig, MixUntil
 from falcon_dist.contract import UserError
 from falcon_dist.packaged import DEBIAN, PREFIX, packaged_text
 from falcon_dist.readers import READERS, Item, kind_of, read_file
 from falcon_dist.records import Record
+
+
+class _Asked(NamedTuple):
+    """A data set as it was asked for."""
+
+    key: str
+    """The setting that names it."""
+    name: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +33,8 @@ class Source:
     read: Callable[[], Iterator[Item]]
     """Begins again from the first record at each call."""
     weight: float = 1.0
+    key: str = "data.name"
+    """The setting that names it."""
 
     def items(self) -> Iterator[Item]:
         """Every record in order.
@@ -35,7 +46,7 @@ class Source:
         for item in self.read():
             yield item
         if item is None:
-            raise UserError(f'data.name: no record in "{self.name}"; give a file with one JSON object a line')
+            raise UserError(f'{self.key}: no record in "{self.name}"; give a file with one JSON object a line')
 
 
 def find_sources(config: DataConfig) -> list[Source]:
@@ -44,7 +55,8 @@ def find_sources(config: DataConfig) -> list[Source]:
     Raises:
         UserError: one of them does not exist, or data.mix is not of its form.
     """
-    return [_find(name, config, weight) for name, weight in map(_weighted, config.mix)] or [_find(config.name, config)]
+    asked = [_Asked("data.mix", *_weighted(item)) for item in config.mix] or [_Asked("data.name", config.name)]
+    return [_find(one, config) for one in asked]
 
 
 def trained_on(config: DataConfig) -> tuple[str, ...]:
@@ -54,7 +66,7 @@ def trained_on(config: DataConfig) -> tuple[str, ...]:
 
 def find_eval_source(config: DataConfig) -> Source | None:
     """The data set that is only evaluated on, where there is one of its own."""
-    return _find(config.eval_name, config) if config.eval_name else None
+    return _find(_Asked("data.eval_name", config.eval_name), config) if config.eval_name else None
 
 
 def _weighted(item: str) -> tuple[str, float]:
@@ -90,54 +102,55 @@ def mixed(sources: Sequence[Source], until: MixUntil) -> Iterator[tuple[int, int
         yield due, *found
 
 
-def _find(name: str, config: DataConfig, weight: float = 1.0) -> Source:
+def _find(asked: _Asked, config: DataConfig) -> Source:
+    name, path = asked.name, Path(asked.name).expanduser()
     if name.startswith((PREFIX, DEBIAN)):
-        return _files_source(name, [packaged_text(name)], config, weight)
-    path = Path(name).expanduser()
+        return _files_source(asked, [packaged_text(name)], config)
     if path.is_dir():
-        return _folder_source(path, config, weight)
+        return _folder_source(asked, path, config)
     if path.is_file():
-        return _files_source(name, [path], config, weight)
+        return _files_source(asked, [path], config)
     if any(sign in name for sign in "*?["):
-        return _files_source(name, sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))), config, weight)
+        return _files_source(asked, sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))), config)
     if kind_of(path) in READERS or name.startswith((".", "/", "~")):
-        raise UserError(f'data.name: no such file: "{name}"; give the path of a file or folder, or a hub name')
-    return _hub_source(name, config, weight)
+        raise UserError(f'{asked.key}: no such file: "{name}"; give the path of a file or folder, or a hub name')
+    return _hub_source(asked, config)
 
 
-def _files_source(name: str, paths: list[Path], config: DataConfig, weight: float) -> Source:
+def _files_source(asked: _Asked, paths: list[Path], config: DataConfig) -> Source:
     known = [path for path in paths if kind_of(path) in READERS]
     if not known:
         raise UserError(
-            f'data.name: no file to read in "{name}"; known formats: {", ".join(READERS)}, each also as .gz'
+            f'{asked.key}: no file to read in "{asked.name}"; known formats: {", ".join(READERS)}, each also as .gz'
         )
 
     def read() -> Iterator[Item]:
         for path in known:
             yield from read_file(path, config.text_by)
 
-    return Source(name, _digest(known), read, weight)
+    return Source(asked.name, _digest(known), read, asked.weight, asked.key)
 
 
-def _folder_source(path: Path, config: DataConfig, weight: float) -> Source:
+def _folder_source(asked: _Asked, path: Path, config: DataConfig) -> Source:
     """A folder that ``datasets`` saved, or one with data files in it."""
     if not any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-        return _files_source(str(path), sorted(p for p in path.iterdir() if p.is_file()), config, weight)
+        found = sorted(p for p in path.iterdir() if p.is_file())
+        return _files_source(asked._replace(name=str(path)), found, config)
 
     def read() -> Iterator[Item]:
-        return _numbered(str(path), _from_disk(path, config.split))
+        return _numbered(str(path), _from_disk(asked.key, path, config.split))
 
     told = f"{config.split} {_digest(sorted(p for p in path.rglob('*') if p.is_file()))}"
-    return Source(str(path), hashlib.sha256(told.encode()).hexdigest(), read, weight)
+    return Source(str(path), hashlib.sha256(told.encode()).hexdigest(), read, asked.weight, asked.key)
 
 
-def _from_disk(path: Path, split: str) -> Any:
+def _from_disk(key: str, path: Path, split: str) -> Any:
     import datasets
 
     try:
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise UserError(f'data.name: cannot load "{path}": {_first_line(error)}') from error
+        raise UserError(f'{key}: cannot load "{path}": {_first_line(error)}') from error
     if not isinstance(found, dict):
         return found
     if split not in found:
@@ -155,9 +168,10 @@ def _digest(paths: list[Path]) -> str:
     return whole.hexdigest()
 
 
-def _hub_source(name: str, config: DataConfig, weight: float = 1.0) -> Source:
+def _hub_source(asked: _Asked, config: DataConfig) -> Source:
     import datasets
 
+    name = asked.name
     try:
         if config.streaming:
             builder = datasets.load_dataset_builder(name, config.subset, revision=config.revision)
@@ -169,8 +183,9 @@ def _hub_source(name: str, config: DataConfig, weight: float = 1.0) -> Source:
             told = rows._fingerprint
     except (OSError, ValueError) as error:
         # Missing data sets and a hub out of reach both end here, under several classes.
-        raise UserError(f'data.name: cannot load "{name}" (split "{config.split}"): {_first_line(error)}') from error
-    return Source(name, hashlib.sha256(told.encode()).hexdigest(), lambda: _numbered(name, rows), weight)
+        raise UserError(f'{asked.key}: cannot load "{name}" (split "{config.split}"): {_first_line(error)}') from error
+    digest = hashlib.sha256(told.encode()).hexdigest()
+    return Source(name, digest, lambda: _numbered(name, rows), asked.weight, asked.key)
 
 
 def _numbered(name: str, rows: Any) -> Iterator[Item]:

@@ -24,8 +24,8 @@ SEEN_S: Final = 10.0
 POLL_S: Final = 0.01
 LONGEST_POLL_S: Final = 0.2
 STALLED_S: Final = 1800.0
-"""How long ranks wait for others of which nothing is heard: the launcher, which ends them when a rank is gone, knows of
-no hang outside training."""
+"""How long ranks wait for others of which nothing is heard. The launcher ends them when a rank is gone, and outside of
+training notices no sooner than this that nothing is done."""
 
 
 class SaveError(Exception):

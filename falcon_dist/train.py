@@ -27,16 +27,10 @@ from falcon_dist.engine.form import TrainingForm, choose
 from falcon_dist.engine.named import NamedOptimizer
 from falcon_dist.engine.native import load_config, load_model, load_tokenizer, stay_in_place
 from falcon_dist.host_memory import total_bytes
-from falcon_dist.identity import adapters_identity, digest_of, identity_of
+from falcon_dist.identity import adapters_identity, digest_of, identity_of, unshared
 from falcon_dist.keeping import check_keeping, committed_steps
 from falcon_dist.learning_rate import make_scheduler
-from falcon_dist.loop import (
-    PackedTrainer,
-    RowCollator,
-    StepCallback,
-    row_stream,
-    trainer_settings,
-)
+from falcon_dist.loop import PackedTrainer, RowCollator, StepCallback
 from falcon_dist.measure import catch_up, make_monitor, measure, measure_base, tell_early_stop
 from falcon_dist.metrics import Reporter
 from falcon_dist.monitor import (
@@ -62,6 +56,7 @@ from falcon_dist.strategy.choice import make_strategy
 from falcon_dist.strategy.memory import check_fits
 from falcon_dist.team import Team, gather
 from falcon_dist.tracking import check_tracking, evaluation_logs, trackers
+from falcon_dist.trainer_settings import row_stream, trainer_settings
 from falcon_dist.world import World
 
 
@@ -128,7 +123,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, env: Mapping[str, 
         reporter.line(line)
     with open_group(world, env) as board:
         same_everywhere(store.digest, "packed rows")
-        same_everywhere(digest_of(run.identity), "model and tokenizer")
+        same_everywhere(digest_of({**run.identity, **unshared(prepared.model, config)}), "model and tokenizer")
         team = gather(board, world, run.checkpoints)
         run.strategy.get_on = team.get_on
         return _train_in_group(run, team, seen, resume=resume)
@@ -232,7 +227,7 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
         run.reporter.line(line)
     collator = RowCollator(run.store.train, masking.Masking.of(model), clock)
     stopper = Stopper(run.reporter)
-    pace = Pace(model)
+    pace = Pace(model if run.strategy.steady else None)
     emergency = Emergency(saver.save_last_finished if saver.can_save_alone else None, run.reporter)
 
     def begin() -> None:

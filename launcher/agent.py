@@ -15,7 +15,7 @@ Commands come as JSON lines on standard input, events go as JSON lines to standa
     -> {"command": "clock" | "find_probe" | "examine" | "open_ring" | "ring", ...}  for falcon doctor, answered alike
 
 besides ``hello`` at the start and ``output``, ``rank`` (a rank's own event), ``exited``, ``apart``, ``note``,
-``fault`` and ``killed`` (by ``falcon kill``) when they happen. Both ends say ``alive`` every few seconds. End of input,
+``fault`` and ``killed`` (by ``falcon kill``) when they happen. Both ends say ``alive`` every second. End of input,
 or a launcher that is silent for too long, means: kill all that was started, and go. It has one thread: it forks.
 """
 

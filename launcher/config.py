@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -208,8 +209,11 @@ def _launch_settings(values: Mapping[str, Value], flags: Flags) -> LaunchSetting
 def _in_words(values: Mapping[str, Value]) -> dict[str, Value]:
     """What a number of ranks given as a word means."""
     given = values.get("launch.nproc_per_node")
-    if given is None or given.value not in NPROC_WORDS:
+    if given is None or not isinstance(given.value, str) or given.value == "none":
         return {}
+    if given.value not in NPROC_WORDS:
+        known = ", ".join(f'"{word}"' for word in NPROC_WORDS)
+        raise UserError(f'{given.source}: launch.nproc_per_node must be a number or {known}: "{given.value}"')
     meant = {"nproc_per_node": None, **NPROC_WORDS[given.value]}
     return {f"launch.{key}": Value(value, given.source) for key, value in meant.items()}
 
@@ -221,28 +225,30 @@ def _range_of_nodes(values: Mapping[str, Value]) -> dict[str, Value]:
         return {}
     least, colon, most = given.value.partition(":")
     if not (colon and least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
-        raise UserError(f'{given.source}: must be a number or MIN:MAX: "{given.value}"')
+        raise UserError(f'{given.source}: launch.nnodes must be a number or MIN:MAX: "{given.value}"')
     return {"launch.nnodes": Value(int(most), given.source), "launch.min_nodes": Value(int(least), given.source)}
 
 
 def _check_launch(settings: LaunchSettings, values: Mapping[str, Value]) -> None:
     if settings.nproc_per_node is not None and settings.nproc_per_node < 1:
         source = values["launch.nproc_per_node"].source
-        raise UserError(f'{source}: nproc_per_node must be "auto" or 1 or more: "{settings.nproc_per_node}"')
+        raise UserError(f'{source}: launch.nproc_per_node must be "auto" or 1 or more: "{settings.nproc_per_node}"')
     if settings.nnodes is not None and (settings.min_nodes or 0) > settings.nnodes:
         source = values["launch.min_nodes"].source
-        text = f'{source}: min_nodes is more than nnodes, {settings.nnodes}: "{settings.min_nodes}"'
+        text = f'{source}: launch.min_nodes is more than the hosts, {settings.nnodes}: "{settings.min_nodes}"'
         raise UserError(f"{text}; give a lower --min-nodes")
     least_of = {"ncores_per_rank": 1, "ccl_worker_count": 0, "max_restarts": 0, "min_nodes": 1, "hang_s": 0}
     for key, least in {**least_of, "emergency_grace_s": 0, "stop_grace_s": 0, "max_requeues": 0}.items():
         number = getattr(settings, key)
-        if number is not None and number < least:
-            raise UserError(f'{values[f"launch.{key}"].source}: {key} must be {least} or more: "{number}"')
+        if number is not None and not least <= number < math.inf:
+            raise UserError(f'{values[f"launch.{key}"].source}: launch.{key} must be {least} or more: "{number}"')
     if settings.hostfile is not None and settings.hosts is not None:
         raise UserError(f'--hostfile: not beside --hosts: "{settings.hostfile}"; give one of the two')
     if settings.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", settings.run_id):
         source = values["launch.run_id"].source
-        raise UserError(f'{source}: run_id names a folder: "{settings.run_id}"; use letters, digits, ".", "_", "-"')
+        raise UserError(
+            f'{source}: launch.run_id names a folder: "{settings.run_id}"; use letters, digits, ".", "_", "-"'
+        )
 
 
 def _stood_upon(flags: Flags, given: Mapping[str, Value]) -> tuple[dict[str, Value], str]:

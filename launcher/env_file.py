@@ -9,7 +9,7 @@ from launcher.errors import UserError
 
 
 def lines(name: str | None) -> list[str]:
-    """The ``NAME=VALUE`` lines of a file as docker's --env-file takes them; none where none is named.
+    """The ``NAME=VALUE`` lines of a file without "export " in front and quotes around values; none where none is named.
 
     Raises:
         UserError: it cannot be read, or has a line of another form.

@@ -3,7 +3,7 @@
 One host a line, in the ways of DeepSpeed, Open MPI, MPICH and LSF, ``#`` begins a comment:
 
     node1                    node[01-04,7] slots=2       me@node1:4
-    node1 slots=4 max_slots=8      node1 4      [fe80::1]:2     node1 addr=10.0.0.1 ifname=ens5 cores=0-27
+    node1 slots=4 max_slots=8      node1 4      [2001:db8::1]:2     node1 addr=10.0.0.1 ifname=ens5 cores=0-27
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class HostEntry:
     seats: tuple[int, ...] | None = None
     """Which of its slots are used, as --include and --exclude chose; None: all."""
     addr: str | None = None
-    """Address the other hosts reach it at; None: found out."""
+    """Of node 0: where all meet. Of others: the address that they reach node 0 from. None: found out."""
     ifname: str | None = None
     """Network interface it reaches the others by; None: found out."""
     cores: CpuSet | None = None

@@ -39,9 +39,9 @@ def of(values: Mapping[str, Value]) -> SlurmSettings:
     for key in ("cpus_per_task", "signal_s"):
         number = getattr(settings, key)
         if number is not None and number < 1:
-            raise UserError(f'{values[f"slurm.{key}"].source}: {key} must be 1 or more: "{number}"')
+            raise UserError(f'{values[f"slurm.{key}"].source}: slurm.{key} must be 1 or more: "{number}"')
     for key in ("partition", "time", "account", "qos", "job_name", "output"):
         text = getattr(settings, key)
         if text is not None and not re.fullmatch(r"[^\s#]+", text):
-            raise UserError(f'{values[f"slurm.{key}"].source}: {key} must be one word: "{text}"')
+            raise UserError(f'{values[f"slurm.{key}"].source}: slurm.{key} must be one word: "{text}"')
     return settings

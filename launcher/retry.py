@@ -14,7 +14,6 @@ MOST_IN_VAIN: Final = 3
 FAULTS_OF_A_HOST: Final = 2
 """A host that failed so often is left out, where enough others are left."""
 FIRST_DELAY_S: Final = 1.0
-LONGEST_DELAY_S: Final = 60.0
 SIGILL: Final = 4
 
 
@@ -87,8 +86,7 @@ def after(past: Sequence[Past], policy: Policy) -> Stop | Again:
     hosts = _hosts(past, policy)
     without = tuple(h for h in last.hosts if h not in hosts)
     spare = tuple(h for h in without if not _failed_too_often(h, past))
-    delay_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**in_vain)
-    return Again(delay_s=delay_s, hosts=hosts, without=without, spare=spare)
+    return Again(delay_s=FIRST_DELAY_S * 2**in_vain, hosts=hosts, without=without, spare=spare)
 
 
 def _refusal(last: Past, cause: Cause) -> str | None:

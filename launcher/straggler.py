@@ -15,7 +15,7 @@ STEPS: Final = 20
 """A rank is judged by the medians of so many steps in a row."""
 SLOW: Final = 0.7
 """Its peers need less than this share of its time for the same work."""
-LONG_WAIT: Final = 0.7
+LONG_WAIT: Final = 0.6
 """More than this share of a step is waited by every rank, the slowest included: that is the network."""
 LEAST_WAIT_S: Final = 0.1
 """Steps shorter than that are of models so small that waiting is all they do."""

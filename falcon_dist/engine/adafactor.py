@@ -7,6 +7,7 @@ rounding is kept on average, by rounding up as often as the lost part is large.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -52,6 +53,7 @@ class Adafactor(NamedOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.max_grad_norm = max_grad_norm
+        self._squares = 0.0
         self._seed = seed
         self._agree = agree
         self._noise = _noise(seed)
@@ -72,6 +74,12 @@ class Adafactor(NamedOptimizer):
         left = [param for param in self._places if param.grad is not None]
         assert not left, "a gradient is left that was not stepped"
         self.steps += 1
+        self._squares = 0.0
+
+    @property
+    def norm(self) -> float:
+        """Of all gradients of this step together, before clipping."""
+        return math.sqrt(self._squares)
 
     @torch.no_grad()
     def step_one(self, param: Tensor, grad: Tensor) -> None:
@@ -112,6 +120,7 @@ class Adafactor(NamedOptimizer):
         norm = float(norm_of([slopes]))  # in pieces: of a whole bf16 tensor the kernel makes an fp32 copy
         if not torch.isfinite(torch.tensor(norm)):
             raise FloatingPointError(f"the norm of a gradient is {norm}")
+        self._squares += norm * norm
         return min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
 
     def _dither(self, number: int) -> int:

@@ -1,7 +1,7 @@
-"""Causal attention inside each packed segment: torch's fused CPU kernel, called once per segment, and no mask at all.
+"""Causal attention inside each packed segment, without a mask: torch's fused kernel or batched products, one by one.
 
 A segment is a run of one sample in a row; it begins where position_ids is 0. Keys of other segments are never
-given to the kernel, so nothing can leak, and work that a mask would throw away is not done.
+given to either, so nothing can leak, and work that a mask would throw away is not done.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Products of bf16 matrices on processors that cannot multiply bf16: widened to fp32, multiplied, rounded once.
 
 oneDNN multiplies bf16 where there is AVX-512 or more. On others (EPYC before its fourth generation, Xeon before
-Skylake) torch is left with loops of its own, at a quarter to a three-hundredth of fp32's rate (docs/engine.md). The
-products here have the same inputs, the same fp32 sums and the same rounding; they go through torch's own fp32 kernels,
-cut along the longest of their sides, so that what is widened stays in the cache. Memory for it is taken once a
-thread and kept.
+Skylake) torch is left with loops of its own, at between a quarter and less than a hundredth of fp32's rate
+(docs/engine.md). The products here have the same inputs, the same fp32 sums and the same rounding; they go through
+torch's own fp32 kernels, cut along the longest of their sides, so that what is widened stays in the cache. Memory for
+it is taken once a thread and kept.
 
 They are put in the place of torch's CPU kernels for four operators, in this process, so that whatever multiplies
 gains: layers, attention, gradients, adapters, DeepSpeed.

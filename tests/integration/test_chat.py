@@ -278,6 +278,15 @@ def test_compare_on_the_first_rows(folder: Path, capsys) -> None:
         compare([base, tuned, "--rows", "0"])
 
 
+def test_first_rows_without_loss_are_refused(folder: Path, tmp_path: Path) -> None:
+    base = str(folder / "base")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a long question of many words ", "completion": "yes"}\n' * 9)
+    (tmp_path / "r.toml").write_text('[data]\nname = "x"\nloss = "answers"\nmax_length = 4\n')
+    words = ["--config", str(tmp_path / "r.toml"), "--data", str(tmp_path / "d.jsonl"), "--rows", "1"]
+    with pytest.raises(UserError, match='--rows: no token of the first rows carries loss: "1"; give a higher number'):
+        compare([base, base, *words])
+
+
 def test_models_with_alibi_are_measured_on_a_record_a_row(folder: Path, tmp_path: Path, capsys) -> None:
     """Two records that would share a packed row: their losses are those that each has by itself."""
     alibi, data = str(write_model(tmp_path / "alibi", falcon_rw())), tmp_path / "d.jsonl"

@@ -28,6 +28,8 @@ def test_loss_falls_on_two_ranks(whole: Path) -> None:
     steps = step_records(only_run(whole))
     assert sorted(steps) == list(range(1, 9))
     assert steps[8]["loss"] < steps[1]["loss"] - 0.1
+    assert min(steps[step]["grad_norm"] for step in steps) > 0.1
+    assert all(steps[step].get("busy_s") is None for step in steps)  # it cannot be told from waiting within backward
 
 
 def test_resumed_on_two_ranks_has_the_same_weights_and_state(whole: Path, tmp_path: Path) -> None:

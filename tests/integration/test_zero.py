@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import launch, run_python, step_records, weights_digest, write_inputs
@@ -35,10 +36,9 @@ def train(folder: Path, recipe: Path, strategy: StrategyName, *flags: str) -> Pa
 
 
 @pytest.fixture(scope="module")
-def losses(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Those of plain data parallelism."""
-    steps = step_records(train(tmp_path_factory.mktemp("ddp"), recipe, "ddp"))
-    return [steps[step]["loss"] for step in STEPS]
+def plain(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """Steps of plain data parallelism."""
+    return step_records(train(tmp_path_factory.mktemp("ddp"), recipe, "ddp"))
 
 
 LOADED = """
@@ -53,11 +53,12 @@ print(json.dumps([str(model.dtype), model(input_ids=ids, labels=ids, use_cache=F
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_a_run_learns_as_plain_data_parallelism_and_resumes_to_the_same_bits(
-    tmp_path: Path, recipe: Path, losses: list[float], strategy: StrategyName
+    tmp_path: Path, recipe: Path, plain: dict[int, dict[str, Any]], strategy: StrategyName
 ) -> None:
     run = train(tmp_path, recipe, strategy, "--set", "evaluate.every=4")
     steps = step_records(run)
-    assert [steps[step]["loss"] for step in STEPS] == pytest.approx(losses, rel=0.01)
+    assert [steps[step]["loss"] for step in STEPS] == pytest.approx([plain[step]["loss"] for step in STEPS], rel=0.01)
+    assert steps[1]["grad_norm"] == pytest.approx(plain[1]["grad_norm"], rel=0.02)
     last = run / "checkpoints" / "step-000008"
     expected = weights_digest(last, STATE)
     assert len(expected) > 2

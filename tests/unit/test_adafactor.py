@@ -39,6 +39,7 @@ def test_five_fp32_steps_equal_those_of_transformers(block: int, monkeypatch: py
         for a, b, grad in zip(ours, theirs, gradients(step, shapes), strict=True):
             mine.step_one(a, grad.clone())
             b.grad = grad
+        assert mine.norm == pytest.approx(float(torch.cat([b.grad.flatten() for b in theirs]).norm()), rel=1e-6)
         mine.step()
         reference.step()
     for a, b in zip(ours, theirs, strict=True):

@@ -15,7 +15,7 @@ from torch.distributed import HashStore
 
 from falcon_dist import background, checkpoint, tensor_file, train_state
 from falcon_dist.background import Copies, Job, Writer
-from falcon_dist.team import Team, gather
+from falcon_dist.team import SaveError, Team, gather
 from falcon_dist.train_state import Kept
 from falcon_dist.world import World
 
@@ -56,6 +56,21 @@ class Ranks:
             )
             writer.begin(job, self.heard.append)
         return [writer.finish(30) for writer in self.writers]
+
+
+@pytest.mark.parametrize("name", ["/etc", "../step-000007", "step-000007.partial-1/..", "step-000008.partial-1"])
+def test_nobody_is_led_out_of_the_folder_of_this_save(tmp_path: Path, name: str) -> None:
+    """Whoever reaches the rendezvous store can write there."""
+    kept, board = state(), HashStore()
+    Team(board=board, rank=0, writers=(0, 1)).tell("7", "folder", name)
+    (shard, *_) = kept.shards(writers=1, max_bytes=100)
+    root = tmp_path / "runs"
+    job = Job(
+        root=root, step=7, total_bytes=1, shards=(shard,), tensors=kept.tensors, write_rest=lambda _: None, facts={}
+    )
+    with pytest.raises(SaveError, match=f'"{name}" is no folder for the save of step 7'):
+        background._contribute(job, Team(board=board, rank=1, writers=(0, 1)))
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

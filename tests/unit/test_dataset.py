@@ -178,6 +178,7 @@ def test_bad_files_name_line_and_fault(tmp_path: Path, lines: list[str], message
     ("config", "message"),
     [
         (DataConfig(name="nowhere.jsonl"), 'data.name: no such file: "nowhere.jsonl"'),
+        (DataConfig(mix=("nowhere.jsonl=1",)), 'data.mix: no such file: "nowhere.jsonl"'),
         (DataConfig(name="pypi:nothing"), 'data.name: no such package is known: "pypi:nothing"'),
         (DataConfig(max_length=1), 'data.max_length must be at least 2: "1"'),
         (DataConfig(eval_share=1.0), 'data.eval_share must be from 0 to below 1: "1.0"'),

@@ -16,12 +16,12 @@ from tiny_models import falcon_7b, make_model, make_tokenizer, write_adapters, w
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from falcon_dist import checkpoint, identity, resume
-from falcon_dist.config import LoraConfig, ModelConfig, OptimConfig, TrainConfig
+from falcon_dist.config import LoraConfig, ModelConfig, OptimConfig, Precision, StrategyName, TrainConfig
 from falcon_dist.contract import UserError
 from falcon_dist.engine.native import load_config, load_model
 from falcon_dist.identity import digest_of
 from falcon_dist.merge import merge
-from falcon_dist.run import run_facts
+from falcon_dist.run import _note_of_sums, run_facts
 from falcon_dist.world import World
 
 
@@ -83,6 +83,17 @@ def test_differences_are_a_table() -> None:
         "seed                0             1",
     ]
     assert identity.unknown(then, now) == ["model config", "falcon-dist code", "software"]
+
+
+def test_ranks_that_are_sent_no_weights_have_to_begin_with_the_same(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_model(falcon_7b(), seed=seed).save_pretrained(tmp_path / name)
+
+    def told(name: str, strategy: StrategyName) -> dict[str, str]:
+        return identity.unshared(str(tmp_path / name), TrainConfig(strategy=strategy))
+
+    assert told("a", "full-lowmem") == told("b", "full-lowmem") != told("c", "full-lowmem")
+    assert told("a", "ddp") == told("c", "zero3") == {}
 
 
 def beside(folder: Path, **lora: object) -> dict[str, str]:
@@ -246,3 +257,26 @@ def test_another_learning_rate_is_told_and_taken(tmp_path: Path, capsys: pytest.
     told = capsys.readouterr().out.splitlines()
     start = told.index("with other settings from here on:")
     assert [line.split() for line in told[start + 1 : start + 3]] == [["then", "now"], ["optim.lr", "2e-05", "0.001"]]
+
+
+def test_many_micro_batches_summed_in_bf16_are_told(tmp_path: Path) -> None:
+    made = bare_run(World(), {}, tmp_path)
+
+    def told(count: int, precision: Precision) -> list[str]:
+        config = dataclasses.replace(made.config, precision=precision)
+        return _note_of_sums(
+            dataclasses.replace(made, config=config, schedule=dataclasses.replace(made.schedule, grad_accum=count))
+        )
+
+    (line,) = told(65, "bf16")
+    assert line.startswith("loop.grad_accum: gradients of 65 micro-batches are summed in bf16")
+    assert told(64, "bf16") == told(65, "fp32") == []
+
+
+def test_another_dropout_of_adapters_is_told_and_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = bare_run(World(), {}, tmp_path)
+    made = dataclasses.replace(made, config=dataclasses.replace(made.config, strategy="lora"))
+    config = dataclasses.replace(made.config, lora=LoraConfig(dropout=0.5))
+    chosen = checkpoint.Checkpoint(tmp_path, 1, run_facts(made))
+    resume._check_same_run(dataclasses.replace(made, config=config), chosen)
+    assert ["lora.dropout", "0.0", "0.5"] in [line.split() for line in capsys.readouterr().out.splitlines()]

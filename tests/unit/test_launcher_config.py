@@ -42,7 +42,11 @@ def test_every_recipe_loads(name):
         (Flags(env_file="none.env"), ["--env-file", '"none.env"']),
         (Flags(launch={"backend": Value("nccl", "--backend")}), ["--backend", '"gloo"', '"nccl"']),
         (Flags(launch={"nproc_per_node": Value(0, "--nproc-per-node")}), ["--nproc-per-node", '"0"']),
-        (Flags(launch={"nproc_per_node": Value("two", "--nproc-per-node")}), ["whole number", '"two"']),
+        (
+            Flags(launch={"nproc_per_node": Value("two", "--nproc-per-node")}),
+            ['a number or "auto", "numa", "socket": "two"'],
+        ),
+        (Flags(sets=("launch.hang_s=nan",)), ["--set: launch.hang_s must be 0 or more", '"nan"']),
         (Flags(launch={"run_id": Value("../x", "--run-id")}), ["--run-id", '"../x"']),
     ],
 )

@@ -129,7 +129,7 @@ def test_a_run_of_a_job_goes_on_in_another_and_elsewhere(tmp_path):
     ("words", "said"),
     [
         (["--min-nodes", "2"], '--min-nodes: of how many a job is to have: "2"; add --nnodes N'),
-        (["--nnodes", "1", "--min-nodes", "2"], '--min-nodes: min_nodes is more than nnodes, 1: "2"'),
+        (["--nnodes", "1", "--min-nodes", "2"], '--min-nodes: launch.min_nodes is more than the hosts, 1: "2"'),
         (["--hosts", "a,b"], '--hosts: not beside --slurm, where Slurm chooses the nodes: "a,b"'),
         (["--env", "HF_TOKEN=abc"], '--env: a job script is no place for a secret: "HF_TOKEN"'),
         (
@@ -138,8 +138,8 @@ def test_a_run_of_a_job_goes_on_in_another_and_elsewhere(tmp_path):
         ),
         (["--sbatch", "nodes=3"], '--sbatch: not an option that can be given so: "nodes=3"'),
         (["--sbatch", "x\n#SBATCH --y"], "--sbatch: not an option"),
-        (["--partition", "a b"], '--partition: partition must be one word: "a b"'),
-        (["--set", "slurm.cpus_per_task=0"], '--set: cpus_per_task must be 1 or more: "0"'),
+        (["--partition", "a b"], '--partition: slurm.partition must be one word: "a b"'),
+        (["--set", "slurm.cpus_per_task=0"], '--set: slurm.cpus_per_task must be 1 or more: "0"'),
         (["--set", "slurm.partion=x"], "slurm.partition"),
     ],
 )

@@ -37,6 +37,11 @@ def test_where_all_wait_it_is_the_network():
     assert text.startswith("communication takes 880 ms of a step of 1.0 s on every rank")
 
 
+def test_a_network_that_takes_two_thirds_of_a_step_is_told_and_one_that_takes_half_is_not():
+    assert said((0.1, 0.2), (0.09, 0.2), (0.1, 0.2))
+    assert said((0.2, 0.2), (0.19, 0.2), (0.2, 0.2)) == []
+
+
 def test_waiting_for_a_slow_rank_is_not_the_network():
     assert all("communication" not in text for text in said((0.1, 2.0), (2.0, 0.1), (0.1, 2.0), steps=2 * STEPS))
 

@@ -47,6 +47,12 @@ def test_single_rows_count_what_is_cut() -> None:
     assert (tally.cut_tokens, tally.padding_tokens) == (3, 2)
 
 
+def test_tokens_that_begin_a_run_are_not_counted_as_learned() -> None:
+    assert pack([3, 4], "wrapped", 5)[1].loss_tokens == 2 + 1 + 1
+    _, tally = pack([1, 1], "off", 5)
+    assert (tally.loss_tokens, tally.silent_rows) == (0, 2)
+
+
 @given(lengths=st.lists(st.integers(1, 40), max_size=60), length=st.integers(2, 17))
 def test_best_fit_breaks_no_sample_and_loses_only_what_is_longer_than_a_row(lengths: list[int], length: int) -> None:
     rows, tally = pack(lengths, "best-fit", length)

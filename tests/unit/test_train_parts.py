@@ -12,6 +12,7 @@ from tiny_models import llama, make_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from falcon_dist import settings
 from falcon_dist.config import OptimConfig, ReportConfig, TrainConfig, build, check_known, flatten, keys_of
 from falcon_dist.contract import UserError
 from falcon_dist.engine.adamw import MasterAdamW, decayed_groups
@@ -154,6 +155,12 @@ def test_configuration_takes_what_fits() -> None:
     values = {"optim": {"lr": 1}, "data": {"packing": "True"}, "loop": {"max_steps": "none"}, "seed": 7}
     config = build(TrainConfig, flatten(values, "a.toml"))
     assert (config.optim.lr, config.data.packing, config.loop.max_steps, config.seed) == (1.0, True, None, 7)
+
+
+def test_a_recipe_may_hold_what_only_the_launcher_reads(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('seed = 7\n[launch]\nnnodes = 2\n[slurm]\npartition = "x"\n')
+    assert settings.load(str(recipe)).seed == 7
 
 
 ENV = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
