@@ -281,8 +281,8 @@ def test_compare_on_the_first_rows(folder: Path, capsys) -> None:
 def test_first_rows_without_loss_are_refused(folder: Path, tmp_path: Path) -> None:
     base = str(folder / "base")
     (tmp_path / "d.jsonl").write_text('{"prompt": "a long question of many words ", "completion": "yes"}\n' * 9)
-    (tmp_path / "r.toml").write_text('[data]\nname = "x"\nloss = "answers"\nmax_length = 4\n')
-    words = ["--config", str(tmp_path / "r.toml"), "--data", str(tmp_path / "d.jsonl"), "--rows", "1"]
+    (tmp_path / "r.json").write_text('{"train": {"data": {"name": "x", "loss": "answers", "max_length": 4}}}')
+    words = ["--config", str(tmp_path / "r.json"), "--data", str(tmp_path / "d.jsonl"), "--rows", "1"]
     with pytest.raises(UserError, match='--rows: no token of the first rows carries loss: "1"; give a higher number'):
         compare([base, base, *words])
 
