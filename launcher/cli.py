@@ -25,11 +25,12 @@ from launcher import (
 )
 from launcher import config as configuration
 from launcher.cluster import Cluster, HostFacts, join
-from launcher.config import LaunchConfig, LaunchSettings
+from launcher.config import LaunchConfig
 from launcher.cpuset import CpuSet
 from launcher.errors import Interruption, LaunchError, UserError
 from launcher.flags import Order
 from launcher.hostfile import Hostfile
+from launcher.launchsettings import LaunchSettings
 from launcher.patience import Patience
 from launcher.placement import Policy, place
 from launcher.plan import LaunchPlan

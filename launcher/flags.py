@@ -37,6 +37,8 @@ NUMBER_FLAGS: Final = (
     "backend",
     "memory_allocator",
 )
+TRAIN_FLAGS: Final[Mapping[str, str]] = {"engine.kind": "engine", "report.profile": "profile"}
+"""Settings of our own program that have flags of their own."""
 SLURM_TEXTS: Final = ("partition", "time", "account", "qos")
 """Settings of a job that are text; with ``cpus_per_task`` and ``sbatch`` all that --slurm alone has use for."""
 NOT_IN_JOBS: Final = (
@@ -152,7 +154,8 @@ def _flags(given: Mapping[str, Any], program: Program | None) -> Flags:
         as_job=given["slurm"],
         launch=_settings(given),
         slurm=_slurm_settings(given),
-        sets=(*_engine(given["engine"]), *_profile(given["profile"]), *given["set"]),
+        train=_train_settings(given),
+        sets=tuple(given["set"]),
         env=tuple(given["env"]),
         env_file=given["env_file"],
         recipe=given["recipe"],
@@ -161,12 +164,9 @@ def _flags(given: Mapping[str, Any], program: Program | None) -> Flags:
     )
 
 
-def _profile(steps: str | None) -> tuple[str, ...]:
-    return () if steps is None else (f"report.profile={steps}",)
-
-
-def _engine(name: str | None) -> tuple[str, ...]:
-    return () if name is None else (f"engine.kind={name}",)
+def _train_settings(given: Mapping[str, Any]) -> dict[str, Value]:
+    there = {key: name for key, name in TRAIN_FLAGS.items() if given[name] is not None}
+    return {key: Value(parse_value(given[name]), f"--{name}") for key, name in there.items()}
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Value]:

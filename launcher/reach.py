@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from launcher import slurm, transport
 from launcher.cluster import HostFacts
-from launcher.config import LaunchSettings
 from launcher.errors import UserError
 from launcher.hostfile import Hostfile, parse, parse_list, this_machine
 from launcher.hostselect import select
+from launcher.launchsettings import LaunchSettings
 
 if TYPE_CHECKING:
     from launcher.slurm import Allocation

@@ -117,7 +117,7 @@ def _kill(argv: Sequence[str]) -> int:
 
 def _doctor(argv: Sequence[str]) -> int:
     from launcher import diagnosis, discover, doctor
-    from launcher.config import LaunchSettings
+    from launcher.launchsettings import LaunchSettings
     from launcher.reach import reach
 
     parser = _parser("doctor")

@@ -46,6 +46,7 @@ def test_every_recipe_loads(name):
             Flags(launch={"nproc_per_node": Value("two", "--nproc-per-node")}),
             ['a number or "auto", "numa", "socket": "two"'],
         ),
+        (Flags(train={"report.profile": Value("x", "--profile")}), ["--profile: report.profile must be", '"x"']),
         (Flags(sets=("launch.hang_s=nan",)), ["--set: launch.hang_s must be 0 or more", '"nan"']),
         (Flags(launch={"run_id": Value("../x", "--run-id")}), ["--run-id", '"../x"']),
     ],
@@ -184,7 +185,23 @@ def test_who_names_model_or_data_gets_the_defaults_and_is_told(words, key, rest)
 
 
 def test_a_program_is_told_nothing_of_the_demo():
-    assert config.load(command_line.parse(["--set", "data.name=x", "--", "my.py"]).flags).notes == ()
+    words = ["--set", "launch.hang_s=5", "--backend", "auto", "--", "my.py", "--backend", "ccl"]
+    assert config.load(command_line.parse(words).flags).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--set", "data.name=x"], '--set: data.name is for our own program, and yours does not read it: "x"'),
+        (["--backend", "ccl"], "--backend: launch.backend is for our own program"),
+        (["--engine", "ipex"], "--engine: engine.kind is for our own program"),
+        (["--profile", "3"], "--profile: report.profile is for our own program"),
+    ],
+)
+def test_what_a_program_would_not_read_is_refused(words, said):
+    with pytest.raises(UserError) as fault:
+        config.load(command_line.parse([*words, "--", "my.py"]).flags)
+    assert str(fault.value).startswith(said)
 
 
 @pytest.mark.parametrize("words", [["--num_train_epochs", "3"], ["--set", "loop.epochs=3"]])

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from launcher import frames, slurm, trunk
 from launcher.cluster import HostFacts
-from launcher.config import LaunchSettings
 from launcher.cpuset import CpuSet
 from launcher.errors import UserError
 from launcher.hostfile import parse, parse_list
+from launcher.launchsettings import LaunchSettings
 from launcher.reach import reach
 from launcher.topology import Topology
 from launcher.trunk import Trunk

@@ -12,7 +12,7 @@ LAYERS = {
     "values": ["errors", "cpuset", "hostnames", "redaction", "binding", "patience", "frames", "onednn"],
     "describe": [
         *("hostfile", "hostselect", "network", "topology", "config", "earlier", "env_file", "cluster", "plan"),
-        *("slurm", "slurmjob", "jobsettings"),
+        *("slurm", "slurmjob", "jobsettings", "launchsettings"),
     ],
     "decide": [
         "placement",
