@@ -223,7 +223,7 @@ def _host_flags(parser: _Parser) -> None:
     flag("--include", also=("-i",), metavar="A@B:0,1", help="these hosts (or slots of them) only")
     flag("--exclude", also=("-e",), metavar="A@B:0,1", help="all hosts but these")
     flag("--nnodes", also=("--num-nodes",), metavar="N|MIN:MAX", help="the first N hosts (default: all)")
-    flag("--min-nodes", metavar="N", help="a run may go on with so few hosts when others fail (default: all)")
+    flag("--min-nodes", metavar="N", help="go on with as few as N hosts when others fail (default: all)")
 
 
 def _core_flags(parser: _Parser) -> None:
@@ -252,7 +252,7 @@ def _run_flags(parser: _Parser) -> None:
     flag("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting, as --set optim.lr=2e-5")
     flag("--engine", choices=("native", "ipex"), help="native (default) or ipex (docs/ipex.md)")
     flag("--profile", metavar="N", help="a torch trace of N steps, in rank 0's folder")
-    flag("--backend", metavar="NAME", help="collective backend: auto, gloo, ccl or ccl-intel")
+    flag("--backend", metavar="NAME", help="collectives of our own program: auto, gloo, ccl, ccl-intel")
     flag("--env", metavar="NAME[=VALUE]", action="append", default=[], help="a variable for the ranks")
     flag("--env-file", metavar="FILE", help="NAME=VALUE lines for the ranks")
     flag("--resume", metavar="RUN", nargs="?", const="auto", help="go on with a run: its id, its folder, or auto")
