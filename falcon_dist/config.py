@@ -42,8 +42,9 @@ class ModelConfig:
     revision: str | None = None
     """Commit of a hub model."""
     attention: Attention = "auto"
-    """How attention is computed while training. segments: fused kernel or batched products inside each packed sample,
-    no mask; sdpa or eager: transformers' own with a mask over the row; auto: the first of these that the model has."""
+    """How attention is computed while training. segments: fused kernels or batched products inside each packed
+    sample, no mask; sdpa or eager: transformers' own with a mask over the row; auto: the first of these that the model
+    has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,7 @@ TOKENIZER_FILES: Final = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
 )
+CODE: Final = (".py", ".cpp", ".h", ".inc")
 SETTINGS: Final = ("global_batch", "seed", "total_steps", "precision", "strategy")
 """Where these differ, other rows or another state would be trained."""
 MADE_OF: Final = ("rows", "tokenizer", "model_config")
@@ -170,7 +171,7 @@ def _content(path: Path) -> bytes:
 def code_digest(package: Path) -> str:
     """Hex sha256 of every file of Python and C++ below a folder, and its name."""
     whole = hashlib.sha256()
-    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".cpp")):
+    for path in sorted(path for path in package.rglob("*") if path.suffix in CODE):
         whole.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
     return whole.hexdigest()
 

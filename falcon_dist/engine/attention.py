@@ -1,4 +1,5 @@
-"""Causal attention inside each packed segment, without a mask: torch's fused kernel or batched products, one by one.
+"""Causal attention inside each packed segment, without a mask: a kernel of our own over all of them or, one by one,
+torch's fused kernel or batched products.
 
 A segment is a run of one sample in a row; it begins where position_ids is 0. Keys of other segments are never
 given to either, so nothing can leak, and work that a mask would throw away is not done.
@@ -14,9 +15,10 @@ from torch import Tensor, library
 from transformers import AttentionInterface
 from transformers.models.falcon import modeling_falcon
 
-from falcon_dist.engine import kernels
+from falcon_dist.engine import kernels, segment_kernel
 from falcon_dist.engine.linear import has_tiles
 from falcon_dist.engine.rotary import shared_heads
+from falcon_dist.engine.segment_kernel import Attended, Segment
 from falcon_dist.engine.segment_products import segment_gradients, segment_output
 
 SEGMENTS: Final = "segments"
@@ -67,6 +69,8 @@ def segment_attention(
         [B, H, T, D] output and [B, H, T] fp32 log-sum-exp of the scores, kept for the backward pass.
     """
     batch, heads, length, _ = query.shape
+    if segment_kernel.serves(query, key, value):
+        return segment_kernel.attend(query, key, value, _segments(position_ids, batch), scale)
     if not _SHARES_HEADS:
         key, value = (_expand(x, heads // x.shape[1]) for x in (key, value))
     out = torch.empty_like(query)
@@ -91,6 +95,9 @@ def segment_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; those of a shared head are summed over the queries that share it."""
+    if segment_kernel.serves(query, key, value):
+        segments = _segments(position_ids, len(query))
+        return segment_kernel.attend_backward(grad, Attended(query, key, value, out, norms), segments, scale)
     grads = tuple(torch.empty_like(x) for x in (query, key, value))
     with torch.autocast("cpu", enabled=False):
         for span in spans(position_ids, query.shape[0]):
@@ -98,6 +105,18 @@ def segment_attention_backward(
             for whole, part in zip(grads, parts, strict=True):
                 whole[span] = part
     return grads[0], grads[1], grads[2]
+
+
+def _segments(position_ids: Tensor, batch: int) -> list[Segment]:
+    """Where each segment lies, row by row."""
+    length = position_ids.shape[1]
+    assert len(position_ids) in (1, batch)
+    return [
+        Segment(row, first, end - first)
+        for rows, _, tokens in spans(position_ids, batch)
+        for row in range(batch)[rows]
+        for first, end, _ in [tokens.indices(length)]
+    ]
 
 
 def _of_segment(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """Elementwise passes of a step: in one go each by a small library of C++, or by torch's own operators.
 
-The library serves bfloat16 on CPUs. It is compiled in a second where a C++ compiler is, for this very processor, and
-kept in the user's cache. Everything else, and every machine without a compiler, goes by torch's operators: the same
-mathematics in several passes, so that what is kept for backward never depends on which it was.
+The library serves bfloat16 on CPUs. It is compiled in seconds where a C++ compiler is, for this very processor, and
+kept in the user's cache; segment_kernel.py calls what it has of attention. Everything else, and every machine without
+a compiler, goes by torch's operators: the same mathematics in several passes, so that what is kept for backward never
+depends on which it was.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from falcon_dist.packaged import cache_folder
 
 _log = logging.getLogger(__name__)
 
-SOURCE: Final = Path(__file__).with_name("kernels.cpp")
+SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.cpp"))
 _FLAGS: Final = (
     *("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-ffp-contract=fast"),
     *("-fno-math-errno", "-fno-trapping-math"),  # what is not a number is still passed on
@@ -52,14 +53,18 @@ def loaded() -> ctypes.CDLL | None:
         return _opened(compiler)
     except (OSError, subprocess.SubprocessError) as fault:
         said = getattr(fault, "stderr", None) or str(fault)
-        reason = next(iter(said.splitlines()), type(fault).__name__)
+        said = said if isinstance(said, str) else said.decode(errors="replace")  # bytes where it took too long
+        reason = next((line for line in said.splitlines() if "error" in line), said.partition("\n")[0])
         _log.warning("training is slower here, for its kernels cannot be compiled or loaded: %s", reason)
         return None
 
 
 def _opened(compiler: str) -> ctypes.CDLL:
     """Compiled for this processor, once, and again where what was kept is no library."""
-    facts = [SOURCE.read_bytes(), repr((compiler, _FLAGS, platform.libc_ver())).encode(), _processor()]
+    sources = (source.read_bytes() for source in (*SOURCES, *sorted(SOURCES[0].parent.glob("*.h"))))
+    program = Path(compiler).stat()  # of another version it may know more of the processor
+    made_by = (compiler, program.st_size, program.st_mtime_ns, _FLAGS, platform.libc_ver())
+    facts = [*sources, repr(made_by).encode(), _processor()]
     kept = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(facts)).hexdigest()[:32]}.so"
     if kept.is_file():
         with suppress(OSError):
@@ -72,11 +77,11 @@ def _compile(compiler: str, target: Path) -> None:
     """Renamed when whole, so that ranks that compile at once do no harm."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as name:
-        compiled, made = Path(name) / "kernels.o", Path(name) / "kernels.so"
+        compiled, made = {source: f"{name}/{source.stem}.o" for source in SOURCES}, Path(name) / "kernels.so"
         # Linked without OpenMP: its symbols are those of the library that torch has loaded, with its threads.
         for argv in (
-            [compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(made)],
+            *([compiler, *_FLAGS, "-c", str(source), "-o", to] for source, to in compiled.items()),
+            [compiler, "-shared", *compiled.values(), "-o", str(made)],
         ):
             subprocess.run(argv, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
         synchronise(made)

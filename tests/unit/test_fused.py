@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from falcon_dist.config import EngineConfig, ModelConfig
-from falcon_dist.engine import attention, kernels, segment_products
+from falcon_dist.engine import attention, kernels, segment_kernel, segment_products
 from falcon_dist.engine.attention import SEGMENTS, register
 from falcon_dist.engine.form import TrainingForm, choose
 from falcon_dist.engine.fused import FusedParts
@@ -131,8 +131,13 @@ def test_attention_in_blocks(length: int, way: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("autocast", [False, True])
-def test_attention_of_packed_rows_is_that_of_each_segment(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", [False, True])
+def test_attention_of_packed_rows_is_that_of_each_segment(
+    kernel: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "SHORTEST", 20)
+    if not kernel:
+        monkeypatch.setattr(segment_kernel, "serves", lambda *heads: False)
     place = torch.tensor([[*range(30), *range(10)], [*range(40)]])
     heads = [bf16(2, 40, count, 16).transpose(1, 2) for count in (6, 3, 3)]
     inputs = exact(*heads)

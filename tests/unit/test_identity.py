@@ -67,10 +67,10 @@ def test_code_is_every_file_of_python_and_cpp_and_its_name(tmp_path: Path) -> No
     seen = {identity.code_digest(tmp_path)}
     (tmp_path / "notes.md").write_text("no code")
     assert identity.code_digest(tmp_path) in seen
-    for name, text in (("a.py", "x = 2\n"), ("sub.py", ""), ("sub.py", "\n"), ("k.cpp", "")):
+    for name, text in (("a.py", "x = 2\n"), ("sub.py", ""), ("sub.py", "\n"), ("k.cpp", ""), ("k.h", "")):
         (tmp_path / name).write_text(text)
         seen.add(identity.code_digest(tmp_path))
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 def test_differences_are_a_table() -> None:
