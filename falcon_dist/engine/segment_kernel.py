@@ -123,6 +123,7 @@ def _is_laid(heads: Tensor) -> bool:
 def _run(name: str, heads: Sequence[Tensor], norms: Tensor, work: _Work, *sums: Tensor) -> None:
     lib = kernels.loaded()
     assert lib is not None
+    assert all(_is_laid(x) for x in heads)
     lib.attention_scratch.restype = ctypes.c_long
     longest = max(part.length for part in work.segments)
     each = -(-lib.attention_scratch(ctypes.c_long(longest), ctypes.c_long(work.width)) // LINE) * LINE
