@@ -20,15 +20,15 @@ from pathlib import Path
 
 from cluster.hosts import Hosts
 
-from chaos.bed import STEPS, Bed, write_inputs
+from chaos.bed import Bed, write_inputs
 from chaos.job import Job, leave
 from chaos.soaked import Soaked
 
 HANG_S = 15
 SPARED = 50
 """No fault comes in so many last steps: one at the very end would be followed by another attempt or not, by chance."""
-TAKES_TURNS = 2.5
-"""Two runs at once on the same cpus, and time lost to faults: a step takes that many times as long as one alone."""
+TRIED = 50, 450
+"""Steps of both runs at once between which a step is timed; faults make the soak longer than was asked for."""
 
 
 def kill_rank(job: Job, bed: Bed, chance: random.Random) -> str:
@@ -77,14 +77,13 @@ def main() -> int:
 
 def soak(bed: Bed, quiet: Bed, seconds: float, every: float, chance: random.Random) -> int:
     """Measures a step, runs both, disturbs one, compares."""
-    began = time.monotonic()
-    bed.compute_reference()
-    step_s = max(0.01, (time.monotonic() - began - bed.start_s) / STEPS)
-    steps = int(seconds / (TAKES_TURNS * step_s))
+    quiet.work = bed.work = bed.shared / "soak"
+    bed.work.mkdir()
+    step_s = step_seconds(bed, quiet)
+    steps, began = int(seconds / step_s), time.monotonic()
     sets = [f"loop.max_steps={steps}", f"checkpoint.every={max(20, steps // 40)}", "checkpoint.keep_last=3"]
     flags = [word for text in (*sets, "report.log_every=0", f"launch.hang_s={HANG_S}") for word in ("--set", text)]
-    print(f"{steps} steps, one alone takes {step_s:.2f} s", flush=True)
-    quiet.work = bed.work
+    print(f"{steps} steps, of which one takes {step_s:.3f} s", flush=True)
     calm, job = quiet.train(*flags, run="calm"), bed.train(*flags, "--max-restarts", "1000", run="disturbed")
     count = disturb(job, bed, every, steps - SPARED, chance)
     code, calm_code = job.end(seconds * 4), calm.end(seconds * 4)
@@ -106,6 +105,19 @@ def soak(bed: Bed, quiet: Bed, seconds: float, every: float, chance: random.Rand
     )
     print(soaked.told(), flush=True)
     return 1 if soaked.wrong() else 0
+
+
+def step_seconds(*beds: Bed) -> float:
+    """What a step takes while each bed trains."""
+    first, last = TRIED
+    flags = [f"loop.max_steps={last}", "checkpoint.every=100", "checkpoint.keep_last=3", "report.log_every=0"]
+    words = [word for text in flags for word in ("--set", text)]
+    jobs = [bed.train(*words, run=f"trial{number}") for number, bed in enumerate(beds)]
+    began = max(job.wait_step(first, timeout=600) for job in jobs)
+    found = (min(job.wait_step(last, timeout=600) for job in jobs) - began) / (last - first)
+    for job in jobs:
+        assert job.end() == 0, job.text()
+    return found
 
 
 def disturb(job: Job, bed: Bed, every: float, until: int, chance: random.Random) -> int:
