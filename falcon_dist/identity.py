@@ -23,6 +23,7 @@ TOKENIZER_FILES: Final = (
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
 )
 CODE: Final = (".py", ".cpp", ".h", ".inc")
+"""How files of code end."""
 SETTINGS: Final = ("global_batch", "seed", "total_steps", "precision", "strategy")
 """Where these differ, other rows or another state would be trained."""
 MADE_OF: Final = ("rows", "tokenizer", "model_config")

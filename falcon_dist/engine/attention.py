@@ -2,7 +2,7 @@
 torch's fused kernel or batched products.
 
 A segment is a run of one sample in a row; it begins where position_ids is 0. Keys of other segments are never
-given to either, so nothing can leak, and work that a mask would throw away is not done.
+given to any of them, so nothing can leak, and work that a mask would throw away is not done.
 """
 
 from __future__ import annotations
