@@ -53,6 +53,10 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         self._watched = False
         self._micro_batches: list[tuple[dict[str, torch.Tensor], torch.Tensor, float]] = []
 
+    def leave_unwrapped(self) -> None:
+        """Nothing goes around the model; accelerate's autocast, where it is asked for, goes on its forward as ever."""
+        self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+
     def create_optimizer(self, *args: Any) -> Optimizer:
         """The one that was given, which the Trainer forgets when it hands over to DeepSpeed."""
         self.optimizer = optimizer = self._given[0]

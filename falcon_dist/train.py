@@ -270,6 +270,8 @@ def _run_trainer(run: Run, saver: Saver, form: TrainingForm, *, start: int) -> i
     if run.config.report.profile and run.world.is_main:
         where = run.reporter.rank_dir or run.folder
         trainer.add_callback(ProfileCallback(run.config.report.profile, where, run.reporter.line))
+    if not run.strategy.wraps:
+        trainer.leave_unwrapped()
     trainer.remove_callback(PrinterCallback)  # steps are told by our own callback
     check_place(trainer.args.process_index, trainer.args.world_size, run.world)
     try:

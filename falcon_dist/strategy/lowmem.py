@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from falcon_dist.config import StrategyName, TrainConfig
@@ -73,8 +72,6 @@ class FullLowMemory(Replicated):
 
         for param in names:
             param.register_post_accumulate_grad_hook(take)
-        # Not to be wrapped in DDP, whose buckets hold every gradient.
-        model._is_accelerate_prepared = True
         return optimizer
 
     def _place(self, step: int) -> str:
@@ -96,10 +93,11 @@ class FullLowMemory(Replicated):
             for tensor, part in zip(tensors, told.split([tensor.numel() for tensor in tensors]), strict=True):  # type: ignore[no-untyped-call]
                 tensor.copy_(part.view_as(tensor))
 
+    @property
+    def wraps(self) -> bool:
+        """Never in DDP, whose buckets hold every gradient whole."""
+        return False
+
     def settings(self) -> dict[str, Any]:
         """Clipping is done for each weight by itself, where its gradient is."""
         return {"max_grad_norm": 0.0, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-
-    def begin(self, wrapped: torch.nn.Module) -> None:
-        if isinstance(wrapped, DistributedDataParallel):
-            raise RuntimeError("the trainer wrapped the model, whose gradients would be held whole")  # noqa: TRY004

@@ -70,16 +70,19 @@ class Replicated:
         """
         return {} if self._all_used else {"ddp_find_unused_parameters": True}
 
+    @property
+    def wraps(self) -> bool:
+        """The trainer wraps the model: a rank alone has nothing to average, and DDP's buckets are gradients again."""
+        return self.world.world_size > 1
+
     def begin(self, wrapped: torch.nn.Module) -> None:
-        """The trainer has wrapped the model and is about to take the first step.
+        """The trainer has prepared the model and is about to take the first step.
 
         Raises:
             RuntimeError: it is not wrapped as the world that was launched needs it.
         """
-        if self.world.world_size > 1 and not isinstance(wrapped, DistributedDataParallel):
-            raise RuntimeError(
-                f"the trainer was to wrap the model in DistributedDataParallel, not {type(wrapped).__name__}"
-            )
+        if self.wraps != isinstance(wrapped, DistributedDataParallel):
+            raise RuntimeError(f"DistributedDataParallel around the model: {self.wraps}, not {type(wrapped).__name__}")
 
     def whole(self) -> AbstractContextManager[None]:
         """In the block the model itself, without what wraps it, has all its weights on every rank."""

@@ -80,6 +80,11 @@ class Zero1(Replicated):
         """DeepSpeed clips: the Trainer only tells it the norm to clip to."""
         return {"deepspeed": deepspeed_settings(STAGES[self.name]), "bf16": self.config.precision == "bf16"}
 
+    @property
+    def wraps(self) -> bool:
+        """DeepSpeed does, on one rank too."""
+        return True
+
     def begin(self, wrapped: nn.Module) -> None:
         from deepspeed import DeepSpeedEngine
 
