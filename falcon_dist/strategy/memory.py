@@ -34,8 +34,8 @@ from falcon_dist.strategy.lora import trained_parameters
 from falcon_dist.strategy.zero import STAGES, check_zero, rank_bytes
 
 GIB: Final = 1 << 30
-PROGRAM_BYTES: Final = 900 << 20
-"""Python with torch, transformers and trl, and what their threads keep: measured before a model is loaded."""
+PROGRAM_BYTES: Final = 720 << 20
+"""Python with torch, transformers and trl, 560 MiB before a model is loaded, and what threads and allocator keep besides."""
 SPARE: Final = 0.03
 """Share of a host that the system itself keeps."""
 _WEIGHT_BYTES: dict[Precision, int] = {"bf16": 2, "bf16-autocast": 4, "fp32": 4}
@@ -117,7 +117,7 @@ def predict(config: TrainConfig, plan: PreTrainedConfig, world_size: int) -> Ran
         gradients = _at_once(params, tied=plan.tie_word_embeddings)
         return RankMemory(weights=weights, gradients=gradients, optimizer=state, snapshot=copied, **common)
     if config.strategy in STAGES:
-        return _divided(config, params, world_size, kept, common["working"])
+        return _divided(config, params, world_size, **common)
     optimizer = sum(param.numel() for param in params) * (12 if each == 2 else 8)
     common["working"] = max(working, 4 * max(param.numel() for param in params), aside - weights)  # nor gradients then
     gradients = weights * (2 if world_size > 1 else 1)
@@ -135,8 +135,8 @@ def _divided(config: TrainConfig, params: list[Tensor], world_size: int, activat
         world_size=world_size,
         evaluates=evaluates(config),
     )
-    # What forward keeps is gone when the optimizer works.
-    parts["working"] = max(working, parts["working"] - activations)
+    # What forward kept is free when the optimizer works, but in pieces, in which its flat copies have no room.
+    parts["working"] = max(working, parts["working"])
     return RankMemory(activations=activations, **parts)
 
 
