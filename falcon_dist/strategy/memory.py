@@ -35,7 +35,7 @@ from falcon_dist.strategy.zero import STAGES, check_zero, rank_bytes
 
 GIB: Final = 1 << 30
 PROGRAM_BYTES: Final = 720 << 20
-"""Python with torch, transformers and trl, 560 MiB before a model is loaded, and what threads and allocator keep besides."""
+"""Python with torch, transformers and trl, 560 MiB before a model is loaded, and what threads and allocator keep."""
 SPARE: Final = 0.03
 """Share of a host that the system itself keeps."""
 _WEIGHT_BYTES: dict[Precision, int] = {"bf16": 2, "bf16-autocast": 4, "fp32": 4}
